@@ -1,0 +1,1 @@
+//! Serves a cluster's state to other clusters and mirrors theirs.

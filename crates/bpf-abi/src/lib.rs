@@ -1,0 +1,2 @@
+//! Keys, values, events and constants that BPF and user side share.
+#![no_std]

@@ -1,0 +1,1 @@
+//! Loads, pins, attaches; batch map calls.

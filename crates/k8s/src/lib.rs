@@ -1,0 +1,1 @@
+//! Annotations, and Kubernetes objects to the model.

@@ -1,0 +1,1 @@
+//! etcd as a stream of typed events and a batched writer.

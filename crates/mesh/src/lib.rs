@@ -1,0 +1,1 @@
+//! Merges clusters into desired state and plans ordered map operations.

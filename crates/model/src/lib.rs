@@ -1,0 +1,1 @@
+//! Domain values that cannot be wrong: ids, names, labels, addresses, services, nodes.

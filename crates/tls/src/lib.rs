@@ -1,0 +1,1 @@
+//! rustls with the ring provider, certificate reload, peer names to rights.

@@ -1,0 +1,1 @@
+//! Cilium's keyspace: keys and JSON to and from the model, with limits.

@@ -1,0 +1,1 @@
+//! Publishes one cluster's networking state.

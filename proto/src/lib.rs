@@ -1,0 +1,1 @@
+//! Protobuf: etcd's v3 subset and the agent's local API.

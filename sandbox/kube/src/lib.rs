@@ -1,0 +1,1 @@
+//! A Kubernetes API emulator with the controllers that a small cluster needs.
