@@ -1,2 +1,52 @@
-//! Keys, values, events and constants that BPF and user side share.
+//! Keys, values and constants that the BPF programs and the user side share.
+//!
+//! In: nothing. Out: one definition of every map's layout, name and size, the drop reasons, and the few pure
+//! calculations (slot choice, hash, metric index) that BPF makes and that the host tests.
+//!
+//! Invariants:
+//! - No layout has hidden padding: padding is a named field that constructors zero, since a hash map compares every
+//!   byte of a key. With feature `user` the zerocopy derives prove it; without, the size assertions do.
+//! - Addresses are 16 bytes in network order, IPv4 as `::ffff:a.b.c.d` ([`Address`]), so that both families go
+//!   through one map and one code path; the ipcache key alone follows Cilium's own form, see [`IpcacheKey`].
+//! - Ports are two bytes in network order; every other number is in host order.
+//! - A layout that changes bumps [`ABI_VERSION`]: it is pinned beside the maps and the agent compares.
 #![no_std]
+
+mod address;
+mod config;
+mod endpoint;
+mod ipcache;
+mod lb;
+pub mod maps;
+mod metrics;
+
+pub use address::{Address, ipv4_mapped, ipv4_of, is_ipv4_mapped};
+pub use config::{CONFIG_INDEX, NodeConfig, feature};
+pub use endpoint::{Endpoint, EndpointKey, endpoint_flag};
+pub use ipcache::{
+    FAMILY_IPV4, FAMILY_IPV6, IPCACHE_STATIC_BITS, IPCACHE_V4_BITS_MAX, IPCACHE_V6_BITS_MAX, IpcacheKey,
+    IpcacheValue, ipcache_flag,
+};
+pub use lb::{
+    Backend, BackendKey, ReverseSkKey, ReverseSkValue, SCOPE_EXTERNAL, SCOPE_INTERNAL, SELECT_TRIES_MAX,
+    ServiceKey, ServiceValue, backend_state, flow_hash, pick_slot, service_flag,
+};
+pub use metrics::{DIRECTIONS, Direction, DropReason, MetricsValue, REASONS, metric_index, metric_of};
+
+/// Version of every layout, map name and meaning in this crate. Bumped when one of them changes.
+pub const ABI_VERSION: u32 = 1;
+
+/// IANA protocol number of TCP, as in [`ServiceKey::proto`].
+pub const PROTO_TCP: u8 = 6;
+/// IANA protocol number of UDP.
+pub const PROTO_UDP: u8 = 17;
+/// IANA protocol number of SCTP.
+pub const PROTO_SCTP: u8 = 132;
+
+/// Security identity of traffic that a node itself sends to another node (`reserved:remote-node`).
+pub const IDENTITY_REMOTE_NODE: u32 = 6;
+/// Largest number that fits the 24 bits of a VXLAN network identifier.
+pub const VNI_MAX: u32 = 0x00ff_ffff;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,41 @@
+//! What the programs know about their node: the only entry of `isthmus_config`.
+
+use crate::Address;
+
+/// Index of the only entry.
+pub const CONFIG_INDEX: u32 = 0;
+
+/// Bits of [`NodeConfig::features`].
+pub mod feature {
+    /// Packets of pods must carry one of the endpoint's own addresses as their source.
+    pub const SOURCE_CHECK: u32 = 1;
+}
+
+/// Value of `isthmus_config` (array with one entry, all zero until the agent wrote it).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[cfg_attr(
+    feature = "user",
+    derive(zerocopy::FromBytes, zerocopy::Immutable, zerocopy::IntoBytes)
+)]
+pub struct NodeConfig {
+    /// The node's IPv4 address, IPv4-mapped; zero if none.
+    pub node_ipv4: Address,
+    /// The node's IPv6 address; zero if none.
+    pub node_ipv6: Address,
+    /// Router IP (CiliumInternalIP) for IPv4, IPv4-mapped; zero if none.
+    pub router_ipv4: Address,
+    /// Router IP for IPv6; zero if none.
+    pub router_ipv6: Address,
+    /// Interface index of the VXLAN device.
+    pub vxlan_ifindex: u32,
+    /// Identity that the node's own traffic carries in the overlay, normally [`crate::IDENTITY_REMOTE_NODE`].
+    pub node_identity: u32,
+    /// Bits of [`feature`].
+    pub features: u32,
+    /// The cluster's ID.
+    pub cluster_id: u16,
+    /// Zero.
+    pub pad: u16,
+}
+const _: () = assert!(size_of::<NodeConfig>() == 80);
