@@ -1,0 +1,40 @@
+//! Isthmus' BPF programs, one object.
+//!
+//! In: socket calls of processes below the agent's cgroup, packets on the host's side of pods' veth pairs and on the
+//! VXLAN device, and the maps that the agent fills. Out: rewritten socket addresses, verdicts, redirected packets,
+//! counters.
+//!
+//! A file per hook reads as a list of steps; what hooks share is by concern: `tables` (maps), `sock` (socket
+//! addresses), `lb` (backend choice), `parse` (headers), `overlay` (tunnel data), `deliver` (to a local pod), `metrics`.
+//!
+//! Invariants: every exit that drops or refuses counts a named reason; a socket call for a frontend goes to a backend
+//! or fails, never to the frontend's own address; the programs only read what the agent wrote, beside counters and
+//! the way back from backend to frontend, so they go on alone when the agent is away.
+#![no_std]
+#![no_main]
+
+mod connect;
+mod deliver;
+mod from_container;
+mod from_overlay;
+mod getpeername;
+mod lb;
+mod metrics;
+mod overlay;
+mod parse;
+mod recvmsg;
+mod sendmsg;
+mod sock;
+mod tables;
+mod to_overlay;
+
+/// The source is Apache-2.0 or GPL-2.0; the kernel takes it under the latter, for the helpers it lends only so.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "license")]
+static LICENSE: [u8; 7] = *b"GPL v2\0";
+
+/// Required by the language; no program here can reach it, and the verifier would refuse one that could.
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}

@@ -1,0 +1,98 @@
+//! The maps. Layouts, names and sizes are those of `bpf-abi`; the agent creates and pins them before it loads the
+//! programs, and the loader finds them by name.
+
+use aya_ebpf::{
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
+};
+use isthmus_bpf_abi::{
+    Address, Backend, BackendKey, CONFIG_INDEX, Endpoint, EndpointKey, IpcacheKey, IpcacheValue,
+    MetricsValue, NodeConfig, ReverseSkKey, ReverseSkValue, ServiceKey, ServiceValue, maps as spec,
+};
+
+#[map(name = "isthmus_services")]
+static SERVICES: HashMap<ServiceKey, ServiceValue> =
+    HashMap::pinned(spec::SERVICES.max_entries, spec::SERVICES.flags);
+
+#[map(name = "isthmus_backends")]
+static BACKENDS: HashMap<BackendKey, Backend> =
+    HashMap::pinned(spec::BACKENDS.max_entries, spec::BACKENDS.flags);
+
+#[map(name = "isthmus_reverse_sk")]
+static REVERSE_SK: LruHashMap<ReverseSkKey, ReverseSkValue> =
+    LruHashMap::pinned(spec::REVERSE_SK.max_entries, spec::REVERSE_SK.flags);
+
+/// [`IpcacheKey`] after its prefix length.
+type IpcacheData = [u8; size_of::<IpcacheKey>() - size_of::<u32>()];
+const _: () = assert!(size_of::<Key<IpcacheData>>() == size_of::<IpcacheKey>());
+
+#[map(name = "isthmus_ipcache")]
+static IPCACHE: LpmTrie<IpcacheData, IpcacheValue> =
+    LpmTrie::pinned(spec::IPCACHE.max_entries, spec::IPCACHE.flags);
+
+#[map(name = "isthmus_endpoints")]
+static ENDPOINTS: HashMap<EndpointKey, Endpoint> =
+    HashMap::pinned(spec::ENDPOINTS.max_entries, spec::ENDPOINTS.flags);
+
+#[map(name = "isthmus_metrics")]
+static METRICS: PerCpuArray<MetricsValue> =
+    PerCpuArray::pinned(spec::METRICS.max_entries, spec::METRICS.flags);
+
+#[map(name = "isthmus_config")]
+static CONFIG: Array<NodeConfig> = Array::pinned(spec::CONFIG.max_entries, spec::CONFIG.flags);
+
+/// The value of one slot of a service.
+#[inline(always)]
+pub fn service(key: &ServiceKey) -> Option<ServiceValue> {
+    // SAFETY: the entry lives at least until the program ends (RCU). The kernel may give its memory to another key
+    // meanwhile, so callers compare `service_id`.
+    unsafe { SERVICES.get(key) }.copied()
+}
+
+/// A backend by number.
+#[inline(always)]
+pub fn backend(id: u32) -> Option<Backend> {
+    // SAFETY: as for `service`; the agent gives a number to another backend only after it has been out of use.
+    unsafe { BACKENDS.get(BackendKey { id }) }.copied()
+}
+
+/// The frontend that a socket asked for when it got a backend.
+#[inline(always)]
+pub fn reverse(key: &ReverseSkKey) -> Option<ReverseSkValue> {
+    // SAFETY: as for `service`; keys hold a socket cookie, and that socket's owner is in the call right now.
+    unsafe { REVERSE_SK.get(key) }.copied()
+}
+
+/// Remembers the way back. Fails when the kernel has no memory for it.
+#[inline(always)]
+pub fn remember_reverse(key: &ReverseSkKey, value: &ReverseSkValue) -> Result<(), i32> {
+    REVERSE_SK.insert(key, value, 0)
+}
+
+/// The ipcache's entry of the longest prefix that holds `address`.
+#[inline(always)]
+pub fn ipcache(address: &Address) -> Option<IpcacheValue> {
+    let key = IpcacheKey::host(address);
+    // SAFETY: `Key` is packed, has the same size and the same first field, and any bytes are valid for the rest.
+    let key = unsafe { &*core::ptr::from_ref(&key).cast::<Key<IpcacheData>>() };
+    IPCACHE.get(key).copied()
+}
+
+/// The local endpoint, or the node itself, with `address`.
+#[inline(always)]
+pub fn endpoint(address: &Address) -> Option<&'static Endpoint> {
+    // SAFETY: the entry lives at least until the program ends (RCU), which is all that 'static means here.
+    unsafe { ENDPOINTS.get(EndpointKey { address: *address }) }
+}
+
+/// The node's configuration: all zero before the agent wrote it.
+#[inline(always)]
+pub fn config() -> Option<&'static NodeConfig> {
+    CONFIG.get(CONFIG_INDEX)
+}
+
+/// This CPU's counter at `index`.
+#[inline(always)]
+pub fn metric(index: u32) -> Option<*mut MetricsValue> {
+    METRICS.get_ptr_mut(index)
+}

@@ -1,0 +1,56 @@
+//! Packets that the node itself sends into the overlay: egress of the VXLAN device, to which the node's stack has a
+//! route for every remote pod CIDR. They get their tunnel data here; packets of pods have it already.
+
+use aya_ebpf::{
+    bindings::{TC_ACT_OK, TC_ACT_SHOT},
+    macros::classifier,
+    programs::TcContext,
+};
+use isthmus_bpf_abi::{Direction, DropReason, IDENTITY_REMOTE_NODE};
+
+use crate::{
+    metrics::count,
+    overlay::{self, Route},
+    parse::{Frame, parse},
+    tables,
+};
+
+#[classifier]
+fn isthmus_to_overlay(ctx: TcContext) -> i32 {
+    if overlay::vni(&ctx).is_some() {
+        // Counted when the pod sent it.
+        return TC_ACT_OK;
+    }
+    let bytes = ctx.len();
+    let (reason, verdict) = match decide(&ctx) {
+        Ok(()) => (DropReason::Forwarded, TC_ACT_OK),
+        Err(reason) => (reason, TC_ACT_SHOT),
+    };
+    count(reason, Direction::ToOverlay, bytes);
+    verdict
+}
+
+#[inline(always)]
+fn decide(ctx: &TcContext) -> Result<(), DropReason> {
+    let Frame::Ip(packet) = parse(ctx)? else {
+        return Err(DropReason::UnsupportedProtocol);
+    };
+    let Route::Tunnel(entry) = overlay::route(tables::ipcache(&packet.destination))? else {
+        return Err(DropReason::NoTunnelEndpoint);
+    };
+    overlay::encapsulate(ctx, identity(&packet.source), &entry)
+}
+
+/// A pod's identity if the stack forwards for one, else the node's.
+#[inline(always)]
+fn identity(source: &[u8; 16]) -> u32 {
+    if let Some(endpoint) = tables::endpoint(source)
+        && endpoint.identity != 0
+    {
+        return endpoint.identity;
+    }
+    match tables::config() {
+        Some(config) if config.node_identity != 0 => config.node_identity,
+        _ => IDENTITY_REMOTE_NODE,
+    }
+}
