@@ -1,1 +1,22 @@
 //! Protobuf: etcd's v3 subset and the agent's local API.
+//!
+//! The code in `gen` is made from the `.proto` files by `cargo xtask codegen` and committed, so that a build needs no protoc
+//! for it; a check fails when the two differ.
+
+#[allow(missing_docs, clippy::all, rustdoc::all)]
+#[rustfmt::skip]
+#[path = "gen/etcdserverpb.rs"]
+/// etcd's requests, responses and services.
+pub mod etcdserverpb;
+
+#[allow(missing_docs, clippy::all, rustdoc::all)]
+#[rustfmt::skip]
+#[path = "gen/mvccpb.rs"]
+/// etcd's key-value messages.
+pub mod mvccpb;
+
+#[allow(missing_docs, clippy::all, rustdoc::all)]
+#[rustfmt::skip]
+#[path = "gen/isthmus.agent.v1.rs"]
+/// The agent's local API.
+pub mod agent;
