@@ -29,8 +29,12 @@ pub fn run(root: &Path, check: bool) -> anyhow::Result<()> {
         let old = fs::read(committed.join(name)).unwrap_or_default();
         match (old == new, check) {
             (true, _) => {}
-            (false, true) => bail!("proto/src/gen/{name} differs from its .proto files; run `cargo xtask codegen`"),
-            (false, false) => fs::write(committed.join(name), new).with_context(|| format!("cannot write {name}"))?,
+            (false, true) => {
+                bail!("proto/src/gen/{name} differs from its .proto files; run `cargo xtask codegen`")
+            }
+            (false, false) => {
+                fs::write(committed.join(name), new).with_context(|| format!("cannot write {name}"))?
+            }
         }
     }
     Ok(())

@@ -1,9 +1,15 @@
 //! Project chores: `cargo xtask codegen | tidy | bench NAME`.
 
 mod codegen;
+mod sources;
+mod tiers;
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
+use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -21,15 +27,66 @@ enum Chore {
         #[arg(long)]
         check: bool,
     },
+    /// Check what the compiler does not: tiers, headers, sizes, unfinished marks, generated code.
+    Tidy,
+    /// Run a benchmark beside its peer (release build). Without a name, lists them.
+    Bench {
+        /// Which one.
+        name: Option<String>,
+        /// One JSON line a figure and nothing else.
+        #[arg(long)]
+        json: bool,
+        /// Passed on, for example `-- --changes 50`.
+        #[arg(last = true)]
+        rest: Vec<String>,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
     match Args::parse().chore {
         Chore::Codegen { check } => codegen::run(&root(), check),
+        Chore::Tidy => tidy(),
+        Chore::Bench { name, json, rest } => bench(name, json, rest),
     }
 }
 
 /// The workspace's folder.
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn tidy() -> anyhow::Result<()> {
+    let mut found = tiers::check(&root())?;
+    found.extend(sources::check(&root())?);
+    if let Err(error) = codegen::run(&root(), true) {
+        found.push(format!("{error:#}"));
+    }
+    for problem in &found {
+        eprintln!("tidy: {problem}");
+    }
+    if found.is_empty() {
+        Ok(())
+    } else {
+        bail!("{} problems", found.len())
+    }
+}
+
+fn bench(name: Option<String>, json: bool, rest: Vec<String>) -> anyhow::Result<()> {
+    // The failover benchmark starts the daemons, so they are built alike.
+    let build = Command::new(env!("CARGO"))
+        .current_dir(root())
+        .args(["build", "--release", "--quiet", "--workspace", "--bins"])
+        .status()
+        .context("cannot run cargo build")?;
+    if !build.success() {
+        bail!("the release build failed");
+    }
+    let mut run = Command::new(root().join("target/release/isthmus-bench"));
+    run.args(name).args(json.then_some("--json")).args(rest);
+    let status = run.status().context("cannot run target/release/isthmus-bench")?;
+    if status.success() {
+        Ok(())
+    } else {
+        bail!("the benchmark failed")
+    }
 }
