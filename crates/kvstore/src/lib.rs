@@ -1,1 +1,24 @@
-//! etcd as a stream of typed events and a batched writer.
+//! etcd as a stream of typed updates ([`follow`]) and a batched, idempotent [`writer`].
+//!
+//! In: an etcd (or a clustermesh-apiserver, which speaks its read API) named by an [`EtcdConfig`]. Out: [`Update`]s over a
+//! bounded channel; transactions that bring the store to the desired content and nothing more.
+//!
+//! Invariants: what is known is never flushed because an upstream went away or began a new history, it is listed again and
+//! compared; a page's revision is pinned for all pages of a list, and the watch begins right after it; an unchanged key is
+//! never written. The decisions ([`follower`], [`plan`]) are pure; the shells around them move bytes.
+
+pub mod client;
+pub mod config;
+mod connect;
+pub mod follow;
+pub mod follower;
+pub mod plan;
+pub mod rfc3339;
+pub mod writer;
+
+pub use client::{CallError, Client};
+pub use config::{ConfigError, EtcdConfig};
+pub use connect::{ConnectError, Options};
+pub use follow::{Feeds, Follow, Update, follow};
+pub use follower::{Change, Feed};
+pub use writer::{Writer, WriterOptions, WriterStatus};
