@@ -91,10 +91,11 @@ pub fn restore(ctx: &SockAddrContext, family: Family) {
 }
 
 /// Follows frontend, slot, backend. A miss on the way means that the agent is just changing the service: start again
-/// at the frontend, which then has another count, a bounded number of times.
+/// at the frontend, which may have another count by then, and take the next slot; a bounded number of times.
 #[inline(always)]
 fn select(frontend: &ServiceKey, family: Family, choice: Choice, cookie: u64) -> Selection {
     let mut reason = DropReason::BackendGone;
+    let mut number = 0;
     for attempt in 0..SELECT_TRIES_MAX {
         let Some(service) = tables::service(frontend) else {
             // Gone between two tries: it was one when the call began, and its address still leads nowhere.
@@ -107,12 +108,13 @@ fn select(frontend: &ServiceKey, family: Family, choice: Choice, cookie: u64) ->
         if service.count == 0 {
             return Selection::Nowhere(DropReason::NoBackend);
         }
-        let random = match choice {
+        number = match choice {
+            _ if attempt > 0 => next_slot(number, service.count),
             // SAFETY: no arguments, no memory.
-            Choice::Random => unsafe { bpf_get_prandom_u32() },
-            Choice::Sticky => flow_hash(cookie, &frontend.address, frontend.port, attempt),
+            Choice::Random => pick_slot(unsafe { bpf_get_prandom_u32() }, service.count),
+            Choice::Sticky => pick_slot(flow_hash(cookie, &frontend.address, frontend.port), service.count),
         };
-        let Some(slot) = tables::service(&frontend.at_slot(pick_slot(random, service.count))) else {
+        let Some(slot) = tables::service(&frontend.at_slot(number)) else {
             continue;
         };
         if slot.service_id != service.service_id {

@@ -204,10 +204,17 @@ pub const fn pick_slot(random: u32, count: u16) -> u16 {
     ((random as u64 * count as u64) >> 32) as u16 + 1
 }
 
-/// A number that stays the same for a socket and a frontend: keeps a conversation over an unconnected UDP socket on
-/// one backend. `attempt` changes it when the choice turned out to be gone.
+/// The slot to try after `slot` turned out to lead nowhere: walks all of 1..=`count`, so that one that leads
+/// somewhere is found however few they are. `count` may have changed since `slot` was picked.
 #[inline(always)]
-pub fn flow_hash(cookie: u64, address: &Address, port: [u8; 2], attempt: u32) -> u32 {
+pub const fn next_slot(slot: u16, count: u16) -> u16 {
+    if slot >= count { 1 } else { slot + 1 }
+}
+
+/// A number that stays the same for a socket and a frontend: keeps a conversation over an unconnected UDP socket on
+/// one backend.
+#[inline(always)]
+pub fn flow_hash(cookie: u64, address: &Address, port: [u8; 2]) -> u32 {
     let low = u64::from_ne_bytes([
         address[8],
         address[9],
@@ -224,7 +231,7 @@ pub fn flow_hash(cookie: u64, address: &Address, port: [u8; 2], attempt: u32) ->
     let mut hash = cookie ^ 0x9e37_79b9_7f4a_7c15;
     hash = mix(hash ^ low);
     hash = mix(hash ^ high);
-    hash = mix(hash ^ (u16::from_ne_bytes(port) as u64) ^ ((attempt as u64) << 32));
+    hash = mix(hash ^ (u16::from_ne_bytes(port) as u64));
     (hash >> 32) as u32
 }
 

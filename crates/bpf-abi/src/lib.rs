@@ -29,7 +29,7 @@ pub use ipcache::{
 };
 pub use lb::{
     Backend, BackendKey, ReverseSkKey, ReverseSkValue, SCOPE_EXTERNAL, SCOPE_INTERNAL, SELECT_TRIES_MAX,
-    ServiceKey, ServiceValue, backend_state, flow_hash, pick_slot, service_flag,
+    ServiceKey, ServiceValue, backend_state, flow_hash, next_slot, pick_slot, service_flag,
 };
 pub use metrics::{DIRECTIONS, Direction, DropReason, MetricsValue, REASONS, metric_index, metric_of};
 

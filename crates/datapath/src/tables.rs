@@ -1,0 +1,124 @@
+//! The node's maps, all of them, by their pins.
+//!
+//! In: the bpf root. Out: typed maps; the agent's are writable, the command line's are not. Counters summed over CPUs.
+
+use std::path::Path;
+
+use isthmus_bpf_abi::{
+    Backend, BackendKey, CONFIG_INDEX, Direction, DropReason, Endpoint, EndpointKey, IpcacheKey,
+    IpcacheValue, MetricsValue, NodeConfig, ReverseSkKey, ReverseSkValue, ServiceKey, ServiceValue,
+    maps::{self, MapSpec},
+    metric_index,
+};
+
+use crate::{
+    map::{Layout, Map, MapError, MapOpenError},
+    pins,
+};
+
+/// The maps.
+#[derive(Debug)]
+pub struct Tables {
+    /// Frontends and their slots.
+    pub services: Map<ServiceKey, ServiceValue>,
+    /// Backends by number.
+    pub backends: Map<BackendKey, Backend>,
+    /// From socket and backend back to the frontend; written by the programs.
+    pub reverse_sk: Map<ReverseSkKey, ReverseSkValue>,
+    /// Prefix to identity and tunnel endpoint.
+    pub ipcache: Map<IpcacheKey, IpcacheValue>,
+    /// Local endpoints by address.
+    pub endpoints: Map<EndpointKey, Endpoint>,
+    /// Packet counters; written by the programs.
+    pub metrics: Map<u32, MetricsValue>,
+    /// The node's configuration.
+    pub config: Map<u32, NodeConfig>,
+}
+
+/// One counter.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Counter {
+    /// What happened.
+    pub reason: DropReason,
+    /// Where.
+    pub direction: Direction,
+    /// Packets (or socket calls) and bytes of all CPUs.
+    pub value: MetricsValue,
+}
+
+impl Tables {
+    /// Opens the maps below `bpf_root`, making those that are absent.
+    pub fn open_or_create(bpf_root: &Path) -> Result<Self, MapOpenError> {
+        let dir = pins::maps_dir(bpf_root);
+        Ok(Self {
+            services: create(&dir, &maps::SERVICES)?,
+            backends: create(&dir, &maps::BACKENDS)?,
+            reverse_sk: create(&dir, &maps::REVERSE_SK)?,
+            ipcache: create(&dir, &maps::IPCACHE)?,
+            endpoints: create(&dir, &maps::ENDPOINTS)?,
+            metrics: create(&dir, &maps::METRICS)?,
+            config: create(&dir, &maps::CONFIG)?,
+        })
+    }
+
+    /// Opens the maps of a running (or stopped) agent for reading.
+    pub fn open_readonly(bpf_root: &Path) -> Result<Self, MapOpenError> {
+        let dir = pins::maps_dir(bpf_root);
+        Ok(Self {
+            services: open(&dir, &maps::SERVICES)?,
+            backends: open(&dir, &maps::BACKENDS)?,
+            reverse_sk: open(&dir, &maps::REVERSE_SK)?,
+            ipcache: open(&dir, &maps::IPCACHE)?,
+            endpoints: open(&dir, &maps::ENDPOINTS)?,
+            metrics: open(&dir, &maps::METRICS)?,
+            config: open(&dir, &maps::CONFIG)?,
+        })
+    }
+
+    /// The node's configuration as the programs see it; all zero if it was never written.
+    pub fn node_config(&self) -> Result<NodeConfig, MapError> {
+        Ok(self.config.lookup(&CONFIG_INDEX)?.unwrap_or_default())
+    }
+
+    /// Writes the node's configuration.
+    pub fn set_node_config(&self, config: &NodeConfig) -> Result<(), MapError> {
+        self.config.put(&CONFIG_INDEX, config)
+    }
+
+    /// One counter, summed over CPUs.
+    pub fn counter(&self, reason: DropReason, direction: Direction) -> Result<MetricsValue, MapError> {
+        let per_cpu = self.metrics.lookup_per_cpu(metric_index(reason, direction))?;
+        Ok(per_cpu
+            .iter()
+            .fold(MetricsValue::default(), |sum, cpu| MetricsValue {
+                packets: sum.packets.wrapping_add(cpu.packets),
+                bytes: sum.bytes.wrapping_add(cpu.bytes),
+            }))
+    }
+
+    /// All counters that are not zero, by reason, then direction.
+    pub fn counters(&self) -> Result<Vec<Counter>, MapError> {
+        let mut counters = Vec::new();
+        for &reason in DropReason::ALL {
+            for direction in Direction::ALL {
+                let value = self.counter(reason, direction)?;
+                if value.packets != 0 {
+                    counters.push(Counter {
+                        reason,
+                        direction,
+                        value,
+                    });
+                }
+            }
+        }
+        Ok(counters)
+    }
+}
+
+fn create<K: Layout, V: Layout>(dir: &Path, spec: &MapSpec) -> Result<Map<K, V>, MapOpenError> {
+    Map::open_or_create(spec, &dir.join(spec.name))
+}
+
+fn open<K: Layout, V: Layout>(dir: &Path, spec: &MapSpec) -> Result<Map<K, V>, MapOpenError> {
+    Map::open_readonly(spec, &dir.join(spec.name))
+}
