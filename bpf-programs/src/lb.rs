@@ -6,7 +6,7 @@ use aya_ebpf::{
 };
 use isthmus_bpf_abi::{
     Address, Backend, Direction, DropReason, PROTO_UDP, ReverseSkKey, ReverseSkValue, SELECT_TRIES_MAX,
-    ServiceKey, flow_hash, pick_slot,
+    ServiceKey, flow_hash, next_slot, pick_slot,
 };
 
 use crate::{

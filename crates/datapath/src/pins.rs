@@ -1,9 +1,11 @@
 //! What lies where on the bpffs, and making the bpffs if need be.
 //!
-//!     <bpf_root>/isthmus/abi                      array map with one number: ABI_VERSION of the maps beside it
-//!     <bpf_root>/isthmus/maps/<map name>
-//!     <bpf_root>/isthmus/programs/<object hash>/<program name>
-//!     <bpf_root>/isthmus/links/<hook>[_<ifindex>]
+//! ```text
+//! <bpf_root>/isthmus/abi                      array map with one number: ABI_VERSION of the maps beside it
+//! <bpf_root>/isthmus/maps/<map name>
+//! <bpf_root>/isthmus/programs/<object hash>/<program name>
+//! <bpf_root>/isthmus/links/<hook>[_<ifindex>]
+//! ```
 //!
 //! Invariant: nothing outside `<bpf_root>/isthmus` is ever touched, beside mounting a bpffs where none is.
 

@@ -246,7 +246,10 @@ fn load(maps: &Path) -> Result<Vec<(&'static str, OwnedFd)>, LoadError> {
 
 /// Pins into a folder beside `dir` and renames it: whoever finds `dir` finds all programs.
 fn pin(programs: &[(&'static str, OwnedFd)], dir: &Path) -> Result<(), LoadError> {
-    let unfinished = dir.with_extension("new");
+    // No dot: bpffs reserves those.
+    let mut unfinished = dir.as_os_str().to_owned();
+    unfinished.push("_unfinished");
+    let unfinished = PathBuf::from(unfinished);
     for stale in [&unfinished, &dir.to_owned()] {
         remove_folder(stale).map_err(pin_error("removing", stale))?;
     }
