@@ -1,1 +1,3 @@
-//! Publishes one cluster's networking state.
+//! Operator core, being assembled.
+pub mod allocator;
+pub mod state;
