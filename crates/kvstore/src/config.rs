@@ -158,7 +158,10 @@ impl EtcdConfig {
             (Some(cert), Some(key)) => Some((cert, key)),
             (None, None) => None,
             _ => {
-                return Err(field("cert-file, key-file", "must be given both or not at all".into()));
+                return Err(field(
+                    "cert-file, key-file",
+                    "must be given both or not at all".into(),
+                ));
             }
         };
         if yaml.insecure_skip_tls_verify {
@@ -174,7 +177,10 @@ impl EtcdConfig {
             ));
         }
         if trusted_ca_file.is_none() && endpoints.iter().any(|endpoint| endpoint.tls) {
-            return Err(field("trusted-ca-file", "is missing; https endpoints need it".into()));
+            return Err(field(
+                "trusted-ca-file",
+                "is missing; https endpoints need it".into(),
+            ));
         }
         Ok(Self {
             endpoints,
@@ -233,7 +239,9 @@ fn aliases(yaml: Option<Aliases>) -> Result<BTreeMap<String, Vec<IpAddr>>, Confi
     let mut aliases = BTreeMap::new();
     for (host, ips) in pairs {
         if host.is_empty() || !seen.insert(host.clone()) {
-            return Err(wrong(format!("names host {host:?} twice, or a host without a name")));
+            return Err(wrong(format!(
+                "names host {host:?} twice, or a host without a name"
+            )));
         }
         let ips = ips
             .iter()
@@ -269,9 +277,8 @@ mod tests {
         assert_eq!(config.identity, Some(("/c".into(), "/k".into())));
         let alias: IpAddr = "172.18.0.4".parse().unwrap();
         assert_eq!(config.host_aliases["c2.mesh.cilium.io"], [alias]);
-        let map = EtcdConfig::parse(
-            "endpoints: ['http://127.0.0.1:1']\ncilium-host-aliases: {a: {ips: ['::1']}}",
-        );
+        let map =
+            EtcdConfig::parse("endpoints: ['http://127.0.0.1:1']\ncilium-host-aliases: {a: {ips: ['::1']}}");
         assert_eq!(map.unwrap().host_aliases.len(), 1);
     }
 
@@ -286,8 +293,14 @@ mod tests {
             ("endpoints: ['https://u@a']", "endpoints"),
             ("endpoints: ['https://a']", "trusted-ca-file"),
             ("endpoints: ['http://a']\ncert-file: /c", "key-file"),
-            ("endpoints: ['http://a']\ninsecure-skip-tls-verify: true", "trusted-ca-file"),
-            ("endpoints: ['http://a']\ncilium-host-aliases: [{hostname: a, ips: []}]", "aliases"),
+            (
+                "endpoints: ['http://a']\ninsecure-skip-tls-verify: true",
+                "trusted-ca-file",
+            ),
+            (
+                "endpoints: ['http://a']\ncilium-host-aliases: [{hostname: a, ips: []}]",
+                "aliases",
+            ),
             ("endpoints: [", "YAML"),
         ] {
             let error = EtcdConfig::parse(text).unwrap_err().to_string();

@@ -133,11 +133,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn content() -> impl Strategy<Value = BTreeMap<Bytes, Bytes>> {
-        let key = prop_oneof![
-            "[a-c]{1,2}",
-            "own/[a-c]",
-            "cilium/synced/c1/[a-c]",
-        ];
+        let key = prop_oneof!["[a-c]{1,2}", "own/[a-c]", "cilium/synced/c1/[a-c]",];
         let value = prop_oneof![Just(vec![]), Just(vec![1]), Just(vec![0; 12]), Just(vec![0; 40])];
         proptest::collection::btree_map(key.prop_map(Bytes::from), value.prop_map(Bytes::from), 0..20)
     }

@@ -1,6 +1,9 @@
 //! What is desired, what the store holds, and which keys may differ. No I/O.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Bound,
+};
 
 use bytes::Bytes;
 use isthmus_wire::keys::HEARTBEAT;
@@ -80,12 +83,13 @@ impl Content {
     pub(super) fn prune(&mut self, prefix: &str) {
         self.generation += 1;
         self.pruned.insert(prefix.to_owned());
-        self.dirty.extend(keys_under(&self.actual, prefix.as_bytes()).cloned());
+        self.dirty
+            .extend(keys_under(&self.actual, prefix.as_bytes()).cloned());
     }
 
     pub(super) fn stored(&self, prefix: &[u8]) -> Vec<Stored> {
         self.actual
-            .range::<[u8], _>(prefix..)
+            .range::<[u8], _>(from(prefix))
             .take_while(|(key, _)| key.starts_with(prefix))
             .map(|(key, actual)| Stored {
                 key: key.clone(),
@@ -98,7 +102,7 @@ impl Content {
     pub(super) fn on_new_history(&mut self, scope: &str) {
         for (_, actual) in self
             .actual
-            .range_mut::<[u8], _>(scope.as_bytes()..)
+            .range_mut::<[u8], _>(from(scope.as_bytes()))
             .take_while(|(key, _)| key.starts_with(scope.as_bytes()))
         {
             actual.mod_revision = 0;
@@ -121,7 +125,9 @@ impl Content {
             } => (key, Some(value), mod_revision),
             Change::Delete { key, mod_revision } => (key, None, mod_revision),
             // Too large to be ours: an empty value stands for it, so that it is overwritten or deleted.
-            Change::Refused { key, mod_revision, .. } => (key, Some(Bytes::new()), mod_revision),
+            Change::Refused {
+                key, mod_revision, ..
+            } => (key, Some(Bytes::new()), mod_revision),
         };
         if self
             .actual
@@ -182,15 +188,22 @@ impl Content {
         let may_delete = |key: &[u8]| {
             key != HEARTBEAT.as_bytes()
                 && (self.dropped.contains(key)
-                    || self.pruned.iter().any(|prefix| key.starts_with(prefix.as_bytes())))
+                    || self
+                        .pruned
+                        .iter()
+                        .any(|prefix| key.starts_with(prefix.as_bytes())))
         };
         plan_writes(&actual, &desired, may_delete, limits)
     }
 }
 
+fn from(prefix: &[u8]) -> (Bound<&[u8]>, Bound<&[u8]>) {
+    (Bound::Included(prefix), Bound::Unbounded)
+}
+
 fn keys_under<'m>(actual: &'m BTreeMap<Bytes, Actual>, prefix: &'m [u8]) -> impl Iterator<Item = &'m Bytes> {
     actual
-        .range::<[u8], _>(prefix..)
+        .range::<[u8], _>(from(prefix))
         .map(|(key, _)| key)
         .take_while(move |key| key.starts_with(prefix))
 }

@@ -102,7 +102,9 @@ impl Worker {
                 self.fail(error);
                 self.shared.status.send_modify(|status| status.connected = false);
             }
-            Update::Listing { feed, new_history, .. } => {
+            Update::Listing {
+                feed, new_history, ..
+            } => {
                 if new_history {
                     self.shared.content().on_new_history(&feed);
                 }
@@ -159,7 +161,10 @@ impl Worker {
                     self.shared.status.send_modify(|status| status.writes += written);
                 }
                 Err(error) => {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "writing to etcd failed; trying again");
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "writing to etcd failed; trying again"
+                    );
                     self.on_write_error(error, ops.into_iter().chain(txns.flatten()));
                     return;
                 }

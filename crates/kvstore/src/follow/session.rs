@@ -1,0 +1,594 @@
+//! One connection: asks what the followers want asked, and gives them the answers.
+//!
+//! Watches are created one at a time, as etcd's own client does: a created answer does not say which request it is for.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use isthmus_proto::etcdserverpb::{
+    RangeRequest, RangeResponse, WatchCancelRequest, WatchCreateRequest, WatchRequest, WatchResponse,
+    watch_request::RequestUnion,
+};
+use isthmus_runtime::{Backoff, backoff};
+use tokio::sync::{mpsc, watch};
+use tonic::{Code, Status, Streaming};
+
+use super::{Followed, Update};
+use crate::{
+    client::{CallError, Client, header},
+    connect::Options,
+    follower::{Effect, Feed, Follower, Header, Input},
+};
+
+/// Requests that wait for the watch stream: at most one create, and cancels.
+const REQUESTS_MAX: usize = 1024;
+
+/// How a session ended.
+pub(super) enum End {
+    ConsumerGone,
+    Lost(String),
+}
+
+/// A unary call that is under way.
+struct Asked {
+    feed: Arc<str>,
+    token: u64,
+    call: Call,
+}
+
+#[derive(Clone)]
+enum Call {
+    List {
+        start: Bytes,
+        revision: i64,
+        page_len: i64,
+    },
+    /// The page of one key is too large: read the key alone.
+    Key {
+        start: Bytes,
+        revision: i64,
+    },
+    Check {
+        key: Bytes,
+        revision: i64,
+    },
+}
+
+enum Answer {
+    Page(Header, RangeResponse),
+    Checked {
+        header: Header,
+        mod_revision: Option<i64>,
+        count: i64,
+    },
+}
+
+type Answers = FuturesUnordered<BoxFuture<'static, (Asked, Result<Answer, CallError>)>>;
+type Opening = BoxFuture<'static, Result<Streaming<WatchResponse>, CallError>>;
+
+/// The watch stream.
+enum Stream {
+    /// Nothing was watched yet. (etcd answers the stream's opening with its first message only.)
+    None,
+    Opening(Opening),
+    Open(Box<Streaming<WatchResponse>>),
+}
+
+impl Stream {
+    async fn next(&mut self) -> StreamEvent {
+        match self {
+            Self::None => std::future::pending().await,
+            Self::Opening(opening) => StreamEvent::Opened(opening.await),
+            Self::Open(stream) => StreamEvent::Message(stream.message().await),
+        }
+    }
+}
+
+enum StreamEvent {
+    Opened(Result<Streaming<WatchResponse>, CallError>),
+    Message(Result<Option<WatchResponse>, Status>),
+}
+
+pub(super) struct Session<'a> {
+    client: Client,
+    options: &'a Options,
+    followed: &'a mut BTreeMap<Arc<str>, Followed>,
+    tokens: &'a mut u64,
+    sink: &'a mpsc::Sender<Update>,
+    answered: bool,
+    answers: Answers,
+    stream: Stream,
+    requests: Option<mpsc::Sender<WatchRequest>>,
+    /// The feed whose create is unanswered.
+    creating: Option<(Arc<str>, u64)>,
+    to_create: VecDeque<(Arc<str>, u64, i64)>,
+    watches: HashMap<i64, (Arc<str>, u64)>,
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn new(
+        client: Client,
+        options: &'a Options,
+        followed: &'a mut BTreeMap<Arc<str>, Followed>,
+        tokens: &'a mut u64,
+        sink: &'a mpsc::Sender<Update>,
+    ) -> Self {
+        Self {
+            client,
+            options,
+            followed,
+            tokens,
+            sink,
+            answered: false,
+            answers: FuturesUnordered::new(),
+            stream: Stream::None,
+            requests: None,
+            creating: None,
+            to_create: VecDeque::new(),
+            watches: HashMap::new(),
+        }
+    }
+
+    /// Whether the upstream answered anything.
+    pub(super) fn answered(&self) -> bool {
+        self.answered
+    }
+
+    pub(super) async fn run(&mut self, wanted: &mut watch::Receiver<BTreeMap<Arc<str>, Feed>>) -> End {
+        let mut feeds_open = true;
+        let result = async {
+            let names: Vec<Arc<str>> = self.followed.keys().cloned().collect();
+            for name in names {
+                self.input(&name, Input::Connected).await?;
+            }
+            let feeds = wanted.borrow_and_update().clone();
+            self.on_wanted(feeds).await?;
+            loop {
+                tokio::select! {
+                    changed = wanted.changed(), if feeds_open => {
+                        feeds_open = changed.is_ok();
+                        let feeds = wanted.borrow_and_update().clone();
+                        self.on_wanted(feeds).await?;
+                    }
+                    Some((asked, result)) = self.answers.next() => self.on_answer(asked, result).await?,
+                    event = self.stream.next() => self.on_stream(event).await?,
+                    () = self.sink.closed() => return Err(End::ConsumerGone),
+                }
+            }
+        };
+        match result.await {
+            Ok(never) => never,
+            Err(end) => end,
+        }
+    }
+
+    async fn on_wanted(&mut self, wanted: BTreeMap<Arc<str>, Feed>) -> Result<(), End> {
+        let gone: Vec<Arc<str>> = self
+            .followed
+            .iter()
+            .filter(|(name, followed)| wanted.get(*name) != Some(followed.follower.feed()))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in gone {
+            self.unwatch(&name).await?;
+            self.followed.remove(&name);
+        }
+        for (name, feed) in wanted {
+            if self.followed.contains_key(&name) {
+                continue;
+            }
+            *self.tokens += 1;
+            let followed = Followed {
+                follower: Follower::new(feed),
+                token: *self.tokens,
+                page_len: self.options.page_len.max(1),
+                backoff: Backoff::new(self.options.retry_base, self.options.retry_cap),
+            };
+            self.followed.insert(name.clone(), followed);
+            self.input(&name, Input::Connected).await?;
+        }
+        Ok(())
+    }
+
+    /// Gives a follower an input and does what it wants done.
+    async fn input(&mut self, name: &Arc<str>, input: Input) -> Result<(), End> {
+        let Some(followed) = self.followed.get_mut(name) else {
+            return Ok(());
+        };
+        // A watch that was refused or compacted leads to a list; one that follows another closely waits.
+        let delay = match &input {
+            Input::Canceled | Input::PageCompacted => followed.backoff.next(backoff::random()),
+            _ => Duration::ZERO,
+        };
+        if matches!(&input, Input::Events { .. }) {
+            followed.backoff.reset();
+        }
+        let (token, page_len) = (followed.token, followed.page_len);
+        for effect in followed.follower.on(input) {
+            match effect {
+                Effect::List { start, revision } => {
+                    let call = Call::List {
+                        start,
+                        revision,
+                        page_len,
+                    };
+                    self.ask(name, token, call, delay);
+                }
+                Effect::Check { key, revision } => {
+                    self.ask(name, token, Call::Check { key, revision }, delay)
+                }
+                Effect::Watch { start_revision } => {
+                    self.to_create.push_back((name.clone(), token, start_revision));
+                    self.create_next().await?;
+                }
+                Effect::Unwatch => self.unwatch(name).await?,
+                Effect::Listing { header, new_history } => {
+                    self.send(Update::Listing {
+                        feed: name.clone(),
+                        cluster_id: header.cluster_id,
+                        revision: header.revision,
+                        new_history,
+                    })
+                    .await?;
+                }
+                Effect::Changes { revision, changes } => {
+                    self.send(Update::Changes {
+                        feed: name.clone(),
+                        revision,
+                        changes,
+                    })
+                    .await?;
+                }
+                Effect::Synced { header } => {
+                    self.send(Update::Synced {
+                        feed: name.clone(),
+                        cluster_id: header.cluster_id,
+                        revision: header.revision,
+                    })
+                    .await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self, update: Update) -> Result<(), End> {
+        self.sink.send(update).await.map_err(|_| End::ConsumerGone)
+    }
+
+    async fn on_first_answer(&mut self) -> Result<(), End> {
+        if !self.answered {
+            self.answered = true;
+            self.send(Update::Connected {
+                client: self.client.clone(),
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    // Unary calls.
+
+    fn ask(&mut self, name: &Arc<str>, token: u64, call: Call, delay: Duration) {
+        let Some(followed) = self.followed.get(name) else {
+            return;
+        };
+        let feed = followed.follower.feed().clone();
+        let client = self.client.clone();
+        let asked = Asked {
+            feed: name.clone(),
+            token,
+            call,
+        };
+        self.answers.push(Box::pin(async move {
+            if !delay.is_zero() {
+                tokio::time::sleep(delay).await;
+            }
+            let result = answer(&client, &feed, &asked.call).await;
+            (asked, result)
+        }));
+    }
+
+    async fn on_answer(&mut self, asked: Asked, result: Result<Answer, CallError>) -> Result<(), End> {
+        let Some(followed) = self.followed.get_mut(&asked.feed) else {
+            return Ok(());
+        };
+        if followed.token != asked.token {
+            return Ok(());
+        }
+        let error = match result {
+            Ok(answer) => {
+                self.on_first_answer().await?;
+                let input = match answer {
+                    Answer::Page(header, page) => Input::Page {
+                        header,
+                        kvs: page.kvs,
+                        more: page.more,
+                        unreadable: matches!(asked.call, Call::Key { .. }),
+                    },
+                    Answer::Checked {
+                        header,
+                        mod_revision,
+                        count,
+                    } => Input::Checked {
+                        header,
+                        mod_revision,
+                        count,
+                    },
+                };
+                return self.input(&asked.feed, input).await;
+            }
+            Err(error) => error,
+        };
+        match (error, asked.call) {
+            (CallError::Compacted | CallError::Future, Call::Check { .. }) => {
+                self.input(&asked.feed, Input::CheckFailed).await
+            }
+            (CallError::Compacted | CallError::Future, Call::List { .. } | Call::Key { .. }) => {
+                self.input(&asked.feed, Input::PageCompacted).await
+            }
+            (
+                CallError::TooLarge(_),
+                Call::List {
+                    start,
+                    revision,
+                    page_len,
+                },
+            ) => {
+                let call = if page_len > 1 {
+                    followed.page_len = page_len / 2;
+                    Call::List {
+                        start,
+                        revision,
+                        page_len: page_len / 2,
+                    }
+                } else {
+                    Call::Key { start, revision }
+                };
+                self.ask(&asked.feed, asked.token, call, Duration::ZERO);
+                Ok(())
+            }
+            (error, call) if concerns_feed_only(&error) => {
+                let delay = followed.backoff.next(backoff::random());
+                self.ask(&asked.feed, asked.token, call, delay);
+                self.on_first_answer().await?;
+                self.send(Update::Failed {
+                    feed: asked.feed,
+                    error: error.to_string(),
+                })
+                .await
+            }
+            (error, _) => Err(End::Lost(error.to_string())),
+        }
+    }
+
+    // Watches.
+
+    async fn create_next(&mut self) -> Result<(), End> {
+        while self.creating.is_none() {
+            let Some((name, token, start_revision)) = self.to_create.pop_front() else {
+                return Ok(());
+            };
+            let Some(followed) = self
+                .followed
+                .get(&name)
+                .filter(|followed| followed.token == token)
+            else {
+                continue;
+            };
+            let feed = followed.follower.feed();
+            let create = WatchCreateRequest {
+                key: feed.key.clone(),
+                range_end: feed.range_end.clone(),
+                start_revision,
+                // Moves the position of a quiet feed, which keeps it clear of compaction.
+                progress_notify: true,
+                ..Default::default()
+            };
+            self.creating = Some((name, token));
+            self.request(RequestUnion::CreateRequest(create)).await?;
+        }
+        Ok(())
+    }
+
+    async fn request(&mut self, union: RequestUnion) -> Result<(), End> {
+        let requests = match &self.requests {
+            Some(requests) => requests.clone(),
+            None => {
+                let (sender, receiver) = mpsc::channel(REQUESTS_MAX);
+                let client = self.client.clone();
+                self.stream = Stream::Opening(Box::pin(async move { client.watch(receiver).await }));
+                self.requests = Some(sender.clone());
+                sender
+            }
+        };
+        // Waiting here could wait for ever: nobody reads the answers meanwhile.
+        requests
+            .try_send(WatchRequest {
+                request_union: Some(union),
+            })
+            .map_err(|_| End::Lost("the watch stream takes no requests".to_owned()))
+    }
+
+    async fn unwatch(&mut self, name: &Arc<str>) -> Result<(), End> {
+        self.to_create.retain(|(queued, _, _)| queued != name);
+        let ids: Vec<i64> = self
+            .watches
+            .iter()
+            .filter(|(_, (watched, _))| watched == name)
+            .map(|(id, _)| *id)
+            .collect();
+        for watch_id in ids {
+            self.watches.remove(&watch_id);
+            self.request(RequestUnion::CancelRequest(WatchCancelRequest { watch_id }))
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn on_stream(&mut self, event: StreamEvent) -> Result<(), End> {
+        let (end, too_large) = match event {
+            StreamEvent::Opened(Ok(stream)) => {
+                self.stream = Stream::Open(Box::new(stream));
+                return Ok(());
+            }
+            StreamEvent::Message(Ok(Some(message))) => return self.on_message(message).await,
+            StreamEvent::Message(Ok(None)) => {
+                (End::Lost("the server ended the watch stream".to_owned()), false)
+            }
+            StreamEvent::Opened(Err(error)) => {
+                let too_large = matches!(error, CallError::TooLarge(_));
+                (End::Lost(error.to_string()), too_large)
+            }
+            StreamEvent::Message(Err(status)) => {
+                let error = self.client.error(status);
+                let too_large = matches!(error, CallError::TooLarge(_));
+                (End::Lost(error.to_string()), too_large)
+            }
+        };
+        if too_large {
+            // Resuming would meet the same message again; a list reads it in parts or passes it by.
+            for followed in self.followed.values_mut() {
+                followed.follower.on(Input::Canceled);
+            }
+        }
+        Err(end)
+    }
+
+    async fn on_message(&mut self, message: WatchResponse) -> Result<(), End> {
+        let header = header(message.header.as_ref()).map_err(|error| End::Lost(error.to_string()))?;
+        self.on_first_answer().await?;
+        if message.created {
+            let Some((name, token)) = self.creating.take() else {
+                return Ok(());
+            };
+            let known = self
+                .followed
+                .get(&name)
+                .is_some_and(|followed| followed.token == token);
+            match (known, message.canceled) {
+                (true, true) => {
+                    let error = format!("watch refused: {}", message.cancel_reason);
+                    self.send(Update::Failed {
+                        feed: name.clone(),
+                        error,
+                    })
+                    .await?;
+                    self.input(&name, Input::Canceled).await?;
+                }
+                (true, false) => {
+                    self.watches.insert(message.watch_id, (name.clone(), token));
+                    self.input(&name, Input::Created { header }).await?;
+                }
+                (false, true) => {}
+                (false, false) => {
+                    let cancel = WatchCancelRequest {
+                        watch_id: message.watch_id,
+                    };
+                    self.request(RequestUnion::CancelRequest(cancel)).await?;
+                }
+            }
+            return self.create_next().await;
+        }
+        if message.canceled {
+            let Some((name, _)) = self.watches.remove(&message.watch_id) else {
+                return Ok(());
+            };
+            tracing::debug!(feed = %name, compacted = message.compact_revision, reason = message.cancel_reason, "watch ended; listing again");
+            return self.input(&name, Input::Canceled).await;
+        }
+        match self.watches.get(&message.watch_id).cloned() {
+            Some((name, _)) => {
+                self.input(
+                    &name,
+                    Input::Events {
+                        header,
+                        events: message.events,
+                    },
+                )
+                .await
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Errors that another connection would not cure.
+fn concerns_feed_only(error: &CallError) -> bool {
+    match error {
+        CallError::Denied | CallError::TooLarge(_) => true,
+        CallError::Other { code, .. } => matches!(
+            code,
+            Code::ResourceExhausted
+                | Code::InvalidArgument
+                | Code::FailedPrecondition
+                | Code::Unimplemented
+                | Code::Unauthenticated
+                | Code::NotFound
+                | Code::OutOfRange
+        ),
+        CallError::Compacted | CallError::Future | CallError::Timeout(_) | CallError::NoHeader => false,
+    }
+}
+
+async fn answer(client: &Client, feed: &Feed, call: &Call) -> Result<Answer, CallError> {
+    match call {
+        Call::List {
+            start,
+            revision,
+            page_len,
+        } => {
+            let request = RangeRequest {
+                // A single key has no end, and one page.
+                key: start.clone(),
+                range_end: feed.range_end.clone(),
+                limit: *page_len,
+                revision: *revision,
+                // Later pages read a pinned revision, which any member can serve.
+                serializable: *revision != 0,
+                ..Default::default()
+            };
+            let (header, page) = client.range(request).await?;
+            Ok(Answer::Page(header, page))
+        }
+        Call::Key { start, revision } => {
+            let request = RangeRequest {
+                key: start.clone(),
+                range_end: feed.range_end.clone(),
+                limit: 1,
+                revision: *revision,
+                keys_only: true,
+                ..Default::default()
+            };
+            let (header, page) = client.range(request).await?;
+            Ok(Answer::Page(header, page))
+        }
+        Call::Check { key, revision } => {
+            let get = RangeRequest {
+                key: key.clone(),
+                revision: *revision,
+                keys_only: true,
+                ..Default::default()
+            };
+            let count = RangeRequest {
+                key: feed.key.clone(),
+                range_end: feed.range_end.clone(),
+                revision: *revision,
+                count_only: true,
+                ..Default::default()
+            };
+            let ((header, found), (_, counted)) =
+                futures::future::try_join(client.range(get), client.range(count)).await?;
+            Ok(Answer::Checked {
+                header,
+                mod_revision: found.kvs.first().map(|kv| kv.mod_revision),
+                count: counted.count,
+            })
+        }
+    }
+}

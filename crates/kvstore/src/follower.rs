@@ -1,0 +1,569 @@
+//! Follows one range of keys of an etcd: list, watch, resume, list again. A pure state machine; [`crate::follow`] drives it.
+//!
+//! In: what the connection, the list pages and the watch said. Out: what to ask next, and changes for the consumer.
+//!
+//! Invariants:
+//! - Whatever happened, once listed or resumed the consumer's view equals the store at the revision that is reported.
+//! - A key that was and is in the store is never deleted on the way: a list is compared, and only what it lacks is deleted,
+//!   at its end.
+//! - All pages of a list are read at the first page's revision, and the watch begins right after it. (etcd answers a
+//!   historical read with its current revision in the header, so later headers say nothing.)
+//! - A watch is resumed only after the store has shown that it still has the history that is known: an etcd that lost its
+//!   data and started again keeps its cluster ID, and would accept a start in the future and stay silent. So before a watch
+//!   is resumed, one key and the number of keys are read at the last known revision and compared.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use bytes::Bytes;
+use isthmus_proto::mvccpb::{Event, KeyValue, event::EventType};
+use isthmus_wire::keys::range_end;
+
+/// A range of keys to follow.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Feed {
+    /// The key or prefix as text; names the feed.
+    pub name: Arc<str>,
+    /// First key.
+    pub key: Bytes,
+    /// Exclusive end as etcd takes it; empty = just the key.
+    pub range_end: Bytes,
+    /// Larger values are refused, in bytes.
+    pub value_len_max: usize,
+}
+
+impl Feed {
+    /// All keys that begin with `prefix`. End it in `/` unless longer names are meant too.
+    pub fn prefix(prefix: &str, value_len_max: usize) -> Self {
+        Self {
+            name: prefix.into(),
+            key: Bytes::copy_from_slice(prefix.as_bytes()),
+            range_end: range_end(prefix.as_bytes()).into(),
+            value_len_max,
+        }
+    }
+
+    /// One key.
+    pub fn key(key: &str, value_len_max: usize) -> Self {
+        Self {
+            name: key.into(),
+            key: Bytes::copy_from_slice(key.as_bytes()),
+            range_end: Bytes::new(),
+            value_len_max,
+        }
+    }
+
+    /// All keys from `first` up to and without `end`.
+    pub fn range(first: &str, end: &str, value_len_max: usize) -> Self {
+        Self {
+            name: first.into(),
+            key: Bytes::copy_from_slice(first.as_bytes()),
+            range_end: Bytes::copy_from_slice(end.as_bytes()),
+            value_len_max,
+        }
+    }
+
+    fn contains(&self, key: &[u8]) -> bool {
+        match &self.range_end[..] {
+            [] => key == self.key,
+            [0] => key >= &self.key[..],
+            end => key >= &self.key[..] && key < end,
+        }
+    }
+}
+
+/// A changed key.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Change {
+    /// The key has this value. In a list also keys that did not change since they were last reported may be named.
+    Put {
+        /// Key. Shares memory with the message it came in, as does the value: copy what is kept for long.
+        key: Bytes,
+        /// Value, not larger than the feed's limit.
+        value: Bytes,
+        /// Revision of its creation.
+        create_revision: i64,
+        /// Revision of this value.
+        mod_revision: i64,
+        /// How often it was written since its creation.
+        version: i64,
+    },
+    /// The key is gone.
+    Delete {
+        /// Key.
+        key: Bytes,
+        /// Revision of the deletion; in a list the revision of the list.
+        mod_revision: i64,
+    },
+    /// The key has a value that is larger than the feed's limit.
+    Refused {
+        /// Key.
+        key: Bytes,
+        /// Revision of the value.
+        mod_revision: i64,
+        /// Length in bytes, 0 if unknown.
+        len: usize,
+    },
+}
+
+/// What every answer of a server begins with.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Header {
+    /// Changes with the history.
+    pub cluster_id: u64,
+    /// Revision of the store.
+    pub revision: i64,
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// A new connection stands.
+    Connected,
+    /// The connection is gone, and with it everything that was asked.
+    Disconnected,
+    /// Answer to [`Effect::List`]: a page.
+    Page {
+        /// Header of the answer.
+        header: Header,
+        /// Keys, ascending.
+        kvs: Vec<KeyValue>,
+        /// There are keys after these.
+        more: bool,
+        /// The keys stand without their values, which are too large to be read.
+        unreadable: bool,
+    },
+    /// Answer to [`Effect::List`]: the revision is compacted.
+    PageCompacted,
+    /// Answer to [`Effect::Check`].
+    Checked {
+        /// Header of the answer.
+        header: Header,
+        /// Revision of the key's value then; `None` = absent.
+        mod_revision: Option<i64>,
+        /// Number of keys in the feed's range then.
+        count: i64,
+    },
+    /// Answer to [`Effect::Check`]: that revision is compacted or in the future.
+    CheckFailed,
+    /// Answer to [`Effect::Watch`].
+    Created {
+        /// Header of the answer.
+        header: Header,
+    },
+    /// The watch said something; without events, that everything up to the header's revision was delivered.
+    Events {
+        /// Header of the answer.
+        header: Header,
+        /// In revision order, no revision split over two inputs.
+        events: Vec<Event>,
+    },
+    /// The server ended the watch: compaction, no leader, permission.
+    Canceled,
+}
+
+/// What to do.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Effect {
+    /// Read the keys of the feed from `start` on, linearizable.
+    List {
+        /// First key.
+        start: Bytes,
+        /// 0 = the current one.
+        revision: i64,
+    },
+    /// Read `key`'s revision, and the number of keys of the feed, both as of `revision`.
+    Check {
+        /// Key.
+        key: Bytes,
+        /// Revision to read at.
+        revision: i64,
+    },
+    /// Watch the feed from this revision on.
+    Watch {
+        /// First revision to be delivered.
+        start_revision: i64,
+    },
+    /// Cancel the watch, and let nothing that it still says reach this machine.
+    Unwatch,
+    /// A list begins. Changes up to [`Effect::Synced`] are the difference to what was reported before.
+    Listing {
+        /// Header of the first page.
+        header: Header,
+        /// Revisions that were reported before do not compare with those that follow.
+        new_history: bool,
+    },
+    /// Changes, and the revision up to which all are delivered (in a list: that of the list).
+    Changes {
+        /// Revision.
+        revision: i64,
+        /// May be empty.
+        changes: Vec<Change>,
+    },
+    /// The view equals the store's content at this revision, and changes follow as they happen.
+    Synced {
+        /// Cluster ID and revision.
+        header: Header,
+    },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    mod_revision: i64,
+    /// Number of the list in which it was last seen.
+    list: u32,
+}
+
+/// A page of a list.
+struct Page {
+    kvs: Vec<KeyValue>,
+    more: bool,
+    unreadable: bool,
+}
+
+#[derive(Clone, Debug)]
+enum State {
+    Idle,
+    Checking {
+        mod_revision: i64,
+    },
+    Listing {
+        /// Of the first page; `None` until it came.
+        first: Option<Header>,
+        start: Bytes,
+    },
+    Creating,
+    Live,
+}
+
+/// Follows one feed.
+#[derive(Debug)]
+pub struct Follower {
+    feed: Feed,
+    state: State,
+    /// Every key that the consumer was told about and that was not deleted since. Keys are copies: a slice of a message would
+    /// keep the whole message.
+    known: BTreeMap<Box<[u8]>, Known>,
+    /// What the consumer's view equals; `None` before the first list and during each.
+    position: Option<Header>,
+    /// The last position, also during a list.
+    last: Option<Header>,
+    /// Equal revisions mean equal values: the history is certainly the one that `known` is from.
+    trusted: bool,
+    list: u32,
+}
+
+impl Follower {
+    /// Starts idle.
+    pub fn new(feed: Feed) -> Self {
+        Self {
+            feed,
+            state: State::Idle,
+            known: BTreeMap::new(),
+            position: None,
+            last: None,
+            trusted: false,
+            list: 0,
+        }
+    }
+
+    /// What it follows.
+    pub fn feed(&self) -> &Feed {
+        &self.feed
+    }
+
+    /// The consumer's view equals the store, and changes arrive.
+    pub fn is_live(&self) -> bool {
+        matches!(self.state, State::Live)
+    }
+
+    /// Number of keys.
+    pub fn len(&self) -> usize {
+        self.known.len()
+    }
+
+    /// Whether no key is known.
+    pub fn is_empty(&self) -> bool {
+        self.known.is_empty()
+    }
+
+    /// Takes in what happened. An input that the present state does not expect is late and changes nothing.
+    pub fn on(&mut self, input: Input) -> Vec<Effect> {
+        match (self.state.clone(), input) {
+            (_, Input::Disconnected) => {
+                self.state = State::Idle;
+                self.trusted = false;
+                Vec::new()
+            }
+            (_, Input::Connected) => self.on_connected(),
+            (
+                State::Checking { mod_revision },
+                Input::Checked {
+                    header,
+                    mod_revision: found,
+                    count,
+                },
+            ) => {
+                let same = self
+                    .position
+                    .is_some_and(|position| position.cluster_id == header.cluster_id)
+                    && found == Some(mod_revision)
+                    && usize::try_from(count) == Ok(self.known.len());
+                if same {
+                    self.resume()
+                } else {
+                    self.start_list(false)
+                }
+            }
+            (State::Checking { .. }, Input::CheckFailed) => self.start_list(false),
+            (
+                State::Listing { first, start },
+                Input::Page {
+                    header,
+                    kvs,
+                    more,
+                    unreadable,
+                },
+            ) => {
+                let page = Page {
+                    kvs,
+                    more,
+                    unreadable,
+                };
+                self.on_page(first, start, header, page)
+            }
+            (State::Listing { .. }, Input::PageCompacted) => self.start_list(self.trusted),
+            (State::Creating, Input::Created { header }) => self.on_created(header),
+            (State::Creating | State::Live, Input::Events { header, events }) => {
+                self.on_events(header, events)
+            }
+            (State::Creating | State::Live, Input::Canceled) => self.start_list(true),
+            _ => Vec::new(),
+        }
+    }
+
+    fn on_connected(&mut self) -> Vec<Effect> {
+        // The newest key is the one that another history most likely does not have.
+        let newest = self.known.iter().max_by_key(|(_, known)| known.mod_revision);
+        match (self.position, newest) {
+            (Some(position), Some((key, known))) => {
+                let key = Bytes::copy_from_slice(key);
+                self.state = State::Checking {
+                    mod_revision: known.mod_revision,
+                };
+                vec![Effect::Check {
+                    key,
+                    revision: position.revision,
+                }]
+            }
+            // An empty view costs nothing to list.
+            _ => self.start_list(false),
+        }
+    }
+
+    fn resume(&mut self) -> Vec<Effect> {
+        self.trusted = true;
+        self.state = State::Creating;
+        let start_revision = self.position.map_or(0, |position| position.revision) + 1;
+        vec![Effect::Watch { start_revision }]
+    }
+
+    fn start_list(&mut self, trusted: bool) -> Vec<Effect> {
+        self.trusted = trusted;
+        self.position = None;
+        self.list = self.list.wrapping_add(1);
+        self.state = State::Listing {
+            first: None,
+            start: self.feed.key.clone(),
+        };
+        vec![Effect::List {
+            start: self.feed.key.clone(),
+            revision: 0,
+        }]
+    }
+
+    fn on_page(&mut self, first: Option<Header>, start: Bytes, header: Header, page: Page) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        let first = match first {
+            Some(first) if first.cluster_id != header.cluster_id => return self.start_list(false),
+            Some(first) => first,
+            None => {
+                let same =
+                    |last: Header| last.cluster_id == header.cluster_id && last.revision <= header.revision;
+                self.trusted &= self.last.is_some_and(same);
+                effects.push(Effect::Listing {
+                    header,
+                    new_history: !self.trusted,
+                });
+                header
+            }
+        };
+        let Page {
+            kvs,
+            more,
+            unreadable,
+        } = page;
+        let last_key = kvs.last().map(|kv| kv.key.clone());
+        let mut changes = Vec::new();
+        for kv in kvs {
+            // Keys that were not asked for would never be deleted again.
+            if self.feed.contains(&kv.key) && kv.mod_revision <= first.revision {
+                changes.extend(self.on_listed(kv, unreadable));
+            }
+        }
+        effects.push(Effect::Changes {
+            revision: first.revision,
+            changes,
+        });
+        match last_key {
+            // A server that does not get on would keep us here for ever.
+            Some(key) if more && key >= start => {
+                let mut next = key.to_vec();
+                next.push(0);
+                let next = Bytes::from(next);
+                self.state = State::Listing {
+                    first: Some(first),
+                    start: next.clone(),
+                };
+                effects.push(Effect::List {
+                    start: next,
+                    revision: first.revision,
+                });
+            }
+            _ => self.on_list_end(first, &mut effects),
+        }
+        effects
+    }
+
+    /// Notes a listed key; `None` if the consumer has it already.
+    fn on_listed(&mut self, kv: KeyValue, unreadable: bool) -> Option<Change> {
+        let seen = Known {
+            mod_revision: kv.mod_revision,
+            list: self.list,
+        };
+        let before = match self.known.get_mut(&kv.key[..]) {
+            Some(known) => Some(std::mem::replace(known, seen)),
+            None => self.known.insert(Box::from(&kv.key[..]), seen),
+        };
+        let unchanged = self.trusted && before.is_some_and(|known| known.mod_revision == kv.mod_revision);
+        (!unchanged).then(|| if unreadable { refused(kv, 0) } else { self.put(kv) })
+    }
+
+    fn on_list_end(&mut self, first: Header, effects: &mut Vec<Effect>) {
+        let list = self.list;
+        let mut changes = Vec::new();
+        self.known.retain(|key, known| {
+            let seen = known.list == list;
+            if !seen {
+                changes.push(Change::Delete {
+                    key: Bytes::copy_from_slice(key),
+                    mod_revision: first.revision,
+                });
+            }
+            seen
+        });
+        if !changes.is_empty() {
+            effects.push(Effect::Changes {
+                revision: first.revision,
+                changes,
+            });
+        }
+        self.position = Some(first);
+        self.last = Some(first);
+        effects.push(Effect::Synced { header: first });
+        effects.extend(self.resume());
+    }
+
+    fn on_created(&mut self, header: Header) -> Vec<Effect> {
+        let Some(position) = self.position else {
+            return Vec::new();
+        };
+        if header.cluster_id != position.cluster_id || header.revision < position.revision {
+            return self.rewatch();
+        }
+        self.state = State::Live;
+        vec![Effect::Synced { header: position }]
+    }
+
+    /// The history is another one: drop the watch and list.
+    fn rewatch(&mut self) -> Vec<Effect> {
+        let mut effects = vec![Effect::Unwatch];
+        effects.extend(self.start_list(false));
+        effects
+    }
+
+    fn on_events(&mut self, header: Header, events: Vec<Event>) -> Vec<Effect> {
+        let Some(position) = self.position else {
+            return Vec::new();
+        };
+        if header.cluster_id != position.cluster_id {
+            return self.rewatch();
+        }
+        let mut revision = position.revision;
+        if events.is_empty() {
+            revision = revision.max(header.revision);
+        }
+        let mut changes = Vec::with_capacity(events.len());
+        for event in events {
+            let kind = event.r#type();
+            let Some(kv) = event.kv else { continue };
+            // Older ones were seen; foreign ones nobody asked for.
+            if kv.mod_revision <= position.revision || !self.feed.contains(&kv.key) {
+                continue;
+            }
+            revision = revision.max(kv.mod_revision);
+            match kind {
+                EventType::Put => {
+                    let known = Known {
+                        mod_revision: kv.mod_revision,
+                        list: self.list,
+                    };
+                    match self.known.get_mut(&kv.key[..]) {
+                        Some(entry) => *entry = known,
+                        None => {
+                            self.known.insert(Box::from(&kv.key[..]), known);
+                        }
+                    }
+                    changes.push(self.put(kv));
+                }
+                EventType::Delete => {
+                    if self.known.remove(&kv.key[..]).is_some() {
+                        changes.push(Change::Delete {
+                            key: kv.key,
+                            mod_revision: kv.mod_revision,
+                        });
+                    }
+                }
+            }
+        }
+        let moved = revision > position.revision;
+        self.position = Some(Header { revision, ..position });
+        self.last = self.position;
+        if moved {
+            vec![Effect::Changes { revision, changes }]
+        } else {
+            Vec::new()
+        }
+    }
+
+    fn put(&self, kv: KeyValue) -> Change {
+        if kv.value.len() > self.feed.value_len_max {
+            let len = kv.value.len();
+            return refused(kv, len);
+        }
+        Change::Put {
+            key: kv.key,
+            value: kv.value,
+            create_revision: kv.create_revision,
+            mod_revision: kv.mod_revision,
+            version: kv.version,
+        }
+    }
+}
+
+fn refused(kv: KeyValue, len: usize) -> Change {
+    Change::Refused {
+        key: kv.key,
+        mod_revision: kv.mod_revision,
+        len,
+    }
+}
