@@ -1,0 +1,21 @@
+//! `isthmus sandbox` without the rest of the command line tool: for work on the sandbox alone.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use isthmus_sandbox::cli::{SandboxArgs, run};
+
+#[derive(Parser)]
+enum Isthmus {
+    Sandbox(SandboxArgs),
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<ExitCode> {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    let Isthmus::Sandbox(args) = Isthmus::parse();
+    run(args).await
+}
