@@ -1,0 +1,577 @@
+//! A backend group: the backends that a service's ports of one name, protocol and family share, and the slots they fill.
+//!
+//! In: contributions, one for each (slice, address) that names a backend. Out: which backends are in the maps, and the
+//! slots' order. Every backend that is active or terminating is in the backend map; those selected also have a slot.
+//!
+//! Invariants: a backend has a slot only if it has a number; slots have no holes; a backend keeps its slot until it
+//! leaves or fills the hole of one that left.
+
+use hashbrown::DefaultHashBuilder;
+use isthmus_bpf_abi::{Address, Backend, backend_state};
+use isthmus_model::Affinity;
+
+use super::{
+    record::GroupPort,
+    select::{Class, Counts, Tier, TierSet, select},
+};
+use crate::{
+    IdAllocator,
+    indexed::{Indexed, Keyed, push_tight},
+};
+
+/// [`Candidate::slot`] of a backend without one.
+const NO_SLOT: u32 = u32::MAX;
+/// Slots that a frontend can have.
+pub(crate) const SLOTS_MAX: usize = u16::MAX as usize;
+
+/// What decides about a backend and is not its own.
+#[derive(Clone, Copy)]
+pub(crate) struct Context<'a> {
+    pub(crate) local: u16,
+    /// Clusters that do not answer, ascending.
+    pub(crate) quarantined: &'a [u16],
+    pub(crate) hasher: &'a DefaultHashBuilder,
+}
+
+impl Context<'_> {
+    fn quarantined(&self, cluster: u16) -> bool {
+        cluster != self.local && self.quarantined.binary_search(&cluster).is_ok()
+    }
+
+    pub(crate) fn tier(&self, cluster: u16, class: Class) -> Option<Tier> {
+        Tier::of(cluster == self.local, self.quarantined(cluster), class)
+    }
+}
+
+/// What a contribution, or the best of several, says about a backend.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct View {
+    pub(crate) cluster: u16,
+    pub(crate) class: Class,
+    pub(crate) zone: u8,
+    /// More than one cluster names it.
+    pub(crate) conflict: bool,
+}
+
+/// A backend that somebody names, usable or not.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Candidate {
+    pub(crate) address: Address,
+    /// Number in the backend map, 0 if it is not there.
+    pub(crate) id: u32,
+    slot: u32,
+    pub(crate) port: u16,
+    pub(crate) cluster: u16,
+    /// How many slices name it.
+    contributions: u32,
+    class: Class,
+    zone: u8,
+    flags: u8,
+}
+
+/// Restored from the maps, and no source has named it yet.
+const GHOST: u8 = 1;
+/// The backend map has an entry with `id`.
+const WRITTEN: u8 = 2;
+/// Listed in `Group::dirty`.
+const DIRTY: u8 = 4;
+/// The entry in the backend map may differ.
+const CHANGED: u8 = 8;
+const CONFLICT: u8 = 16;
+
+impl Keyed for Candidate {
+    type Key = (Address, u16);
+
+    fn key(&self) -> Self::Key {
+        (self.address, self.port)
+    }
+}
+
+impl Candidate {
+    pub(crate) const fn is(&self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+
+    const fn set(&mut self, flag: u8, on: bool) {
+        self.flags = if on { self.flags | flag } else { self.flags & !flag };
+    }
+
+    /// Whether it belongs into the backend map.
+    const fn alive(&self) -> bool {
+        self.is(GHOST) || !matches!(self.class, Class::Unusable)
+    }
+
+    pub(crate) const fn has_slot(&self) -> bool {
+        self.slot != NO_SLOT
+    }
+
+    pub(crate) const fn class(&self) -> Class {
+        self.class
+    }
+
+    pub(crate) const fn is_written(&self) -> bool {
+        self.is(WRITTEN)
+    }
+}
+
+/// A change to one backend's contributions, made by one slice.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Change {
+    Added(View),
+    Changed(View),
+    Removed,
+}
+
+#[derive(Debug)]
+pub(crate) struct Group {
+    /// `None`: restored, and no local frame has claimed its frontends yet.
+    pub(crate) service: Option<u32>,
+    pub(crate) port: GroupPort,
+    pub(crate) affinity: Affinity,
+    /// Flags of its frontends.
+    pub(crate) flags: u16,
+    pub(crate) frontends: Vec<u32>,
+    pub(crate) candidates: Indexed<Candidate>,
+    /// Candidate of slot `index + 1`.
+    pub(crate) slots: Vec<u32>,
+    pub(crate) ghosts: u32,
+    pub(crate) conflicts: u32,
+    /// Waits for the next drain.
+    pub(crate) queued: bool,
+    /// Its service is gone; the next drain takes it out of the maps.
+    pub(crate) dead: bool,
+    pub(crate) domain: u32,
+    /// Candidates beyond [`SLOTS_MAX`], as of the last drain.
+    pub(crate) overflow: u32,
+    counts: Counts,
+    tiers: TierSet,
+    dirty: Vec<u32>,
+}
+
+/// What a drain of one group changes in the backend map and the slots.
+#[derive(Debug, Default)]
+pub(crate) struct Delta {
+    /// Slot positions from 0 that name another backend now.
+    pub(crate) touched: Vec<u32>,
+    pub(crate) written: Vec<(u32, Backend)>,
+    pub(crate) deleted: Vec<u32>,
+    /// No number was left for some.
+    pub(crate) starved: bool,
+}
+
+impl Group {
+    pub(crate) const fn new(service: Option<u32>, port: GroupPort, domain: u32) -> Self {
+        Self {
+            service,
+            port,
+            affinity: Affinity::None,
+            flags: 0,
+            frontends: Vec::new(),
+            candidates: Indexed::new(),
+            slots: Vec::new(),
+            ghosts: 0,
+            conflicts: 0,
+            queued: false,
+            dead: false,
+            domain,
+            overflow: 0,
+            counts: Counts::new(),
+            tiers: TierSet::EMPTY,
+            dirty: Vec::new(),
+        }
+    }
+
+    /// Takes a change of the contributions to (address, port). `best` looks at all of them, and is asked only where
+    /// several slices name the backend.
+    pub(crate) fn apply(
+        &mut self,
+        context: Context<'_>,
+        key: (Address, u16),
+        change: Change,
+        best: impl FnOnce() -> Option<View>,
+    ) {
+        let found = self.candidates.find(context.hasher, key);
+        let (at, view) = match (change, found) {
+            (Change::Added(view), None) => {
+                let at = self.insert(context, key, view.cluster);
+                self.candidates[at].contributions = 1;
+                (at, Some(view))
+            }
+            (Change::Added(view), Some(at)) => {
+                let candidate = &mut self.candidates[at];
+                candidate.contributions += 1;
+                (
+                    at,
+                    if candidate.contributions == 1 {
+                        Some(view)
+                    } else {
+                        best()
+                    },
+                )
+            }
+            (Change::Changed(view), Some(at)) => {
+                let alone = self.candidates[at].contributions == 1;
+                (at, if alone { Some(view) } else { best() })
+            }
+            (Change::Removed, Some(at)) => {
+                let candidate = &mut self.candidates[at];
+                candidate.contributions -= 1;
+                (
+                    at,
+                    if candidate.contributions == 0 {
+                        None
+                    } else {
+                        best()
+                    },
+                )
+            }
+            (Change::Changed(_) | Change::Removed, None) => {
+                unreachable!("a slice changes only what it contributed")
+            }
+        };
+        self.set(context, at, view);
+    }
+
+    fn insert(&mut self, context: Context<'_>, key: (Address, u16), cluster: u16) -> u32 {
+        self.candidates.insert(
+            context.hasher,
+            Candidate {
+                address: key.0,
+                id: 0,
+                slot: NO_SLOT,
+                port: key.1,
+                cluster,
+                contributions: 0,
+                class: Class::Unusable,
+                zone: 0,
+                flags: 0,
+            },
+        )
+    }
+
+    /// Sets what is known about a candidate; `None` when nobody says anything.
+    fn set(&mut self, context: Context<'_>, at: u32, view: Option<View>) {
+        let candidate = &mut self.candidates[at];
+        let view = view.unwrap_or(View {
+            cluster: candidate.cluster,
+            class: Class::Unusable,
+            zone: candidate.zone,
+            conflict: false,
+        });
+        let ghost = candidate.is(GHOST);
+        if ghost {
+            self.ghosts -= 1;
+            candidate.set(GHOST, false);
+        } else {
+            self.counts
+                .remove(context.tier(candidate.cluster, candidate.class));
+        }
+        self.counts.add(context.tier(view.cluster, view.class));
+        self.conflicts -= u32::from(candidate.is(CONFLICT));
+        self.conflicts += u32::from(view.conflict);
+        candidate.set(CONFLICT, view.conflict);
+        let same =
+            (candidate.cluster, candidate.class, candidate.zone) == (view.cluster, view.class, view.zone);
+        candidate.cluster = view.cluster;
+        candidate.class = view.class;
+        candidate.zone = view.zone;
+        let unnamed = candidate.contributions == 0;
+        if !same {
+            candidate.set(CHANGED, true);
+        }
+        if !same || ghost || unnamed {
+            self.mark(at);
+        }
+    }
+
+    fn mark(&mut self, at: u32) {
+        let candidate = &mut self.candidates[at];
+        if !candidate.is(DIRTY) {
+            candidate.set(DIRTY, true);
+            self.dirty.push(at);
+        }
+    }
+
+    /// Whether the next drain has anything to do with backends.
+    pub(crate) fn has_changes(&self) -> bool {
+        !self.dirty.is_empty()
+    }
+
+    /// `cluster` begins or ceases to answer; `before` and `after` differ in that.
+    pub(crate) fn on_health(&mut self, cluster: u16, before: Context<'_>, after: Context<'_>) {
+        for at in self.candidates.live() {
+            let candidate = &mut self.candidates[at];
+            if candidate.cluster != cluster {
+                continue;
+            }
+            candidate.set(CHANGED, true);
+            if !candidate.is(GHOST) {
+                self.counts.remove(before.tier(cluster, candidate.class));
+                self.counts.add(after.tier(cluster, candidate.class));
+            }
+            self.mark(at);
+        }
+    }
+
+    /// Adds a backend found in the maps. `id` 0: it needs a new number. False if the group has it already.
+    pub(crate) fn add_ghost(&mut self, context: Context<'_>, backend: &Backend, id: u32) -> bool {
+        let key = (backend.address, u16::from_be_bytes(backend.port));
+        if self.candidates.find(context.hasher, key).is_some() {
+            return false;
+        }
+        let at = self.insert(context, key, backend.cluster_id);
+        let terminating = backend.state == backend_state::TERMINATING;
+        let candidate = &mut self.candidates[at];
+        candidate.class = if terminating {
+            Class::Terminating
+        } else {
+            Class::Active
+        };
+        candidate.zone = backend.zone;
+        candidate.id = id;
+        candidate.set(GHOST, true);
+        candidate.set(WRITTEN, id != 0);
+        candidate.set(CHANGED, backend.state == backend_state::QUARANTINED);
+        self.ghosts += 1;
+        if id == 0 {
+            self.mark(at);
+        }
+        self.give_slot(at);
+        true
+    }
+
+    /// Takes over the ghosts of a restored group. Numbers that are not needed come back, to be deleted from the map.
+    /// The second value says whether the slots are now exactly the other group's.
+    pub(crate) fn absorb(&mut self, context: Context<'_>, other: &mut Self) -> (Vec<u32>, bool) {
+        let mut spare = Vec::new();
+        let same_slots = self.slots.is_empty();
+        let mut exact = same_slots;
+        let live = if same_slots {
+            other.slots.clone()
+        } else {
+            other.candidates.live()
+        };
+        for from in live {
+            let ghost = other.candidates[from];
+            let at = match self.candidates.find(context.hasher, ghost.key()) {
+                None => {
+                    let at = self.insert(context, ghost.key(), ghost.cluster);
+                    self.candidates[at] = Candidate {
+                        slot: NO_SLOT,
+                        ..ghost
+                    };
+                    self.candidates[at].set(DIRTY, false);
+                    self.ghosts += 1;
+                    at
+                }
+                Some(at) if self.candidates[at].id == 0 => {
+                    let candidate = &mut self.candidates[at];
+                    let same = (candidate.cluster, candidate.class, candidate.zone)
+                        == (ghost.cluster, ghost.class, ghost.zone);
+                    candidate.id = ghost.id;
+                    candidate.set(WRITTEN, ghost.is(WRITTEN));
+                    candidate.set(CHANGED, ghost.is(CHANGED) || !same);
+                    at
+                }
+                Some(at) => {
+                    if ghost.id != 0 {
+                        spare.push(ghost.id);
+                    }
+                    exact = false;
+                    self.mark(at);
+                    continue;
+                }
+            };
+            self.mark(at);
+            if same_slots {
+                self.give_slot(at);
+            }
+        }
+        other.candidates = Indexed::new();
+        other.slots = Vec::new();
+        other.dirty = Vec::new();
+        other.ghosts = 0;
+        (spare, exact)
+    }
+
+    fn give_slot(&mut self, at: u32) {
+        self.candidates[at].slot = self.slots.len() as u32;
+        push_tight(&mut self.slots, at);
+    }
+
+    /// Drops the ghosts whose cluster satisfies `stale`.
+    pub(crate) fn drop_ghosts(&mut self, context: Context<'_>, stale: impl Fn(u16) -> bool) {
+        if self.ghosts == 0 {
+            return;
+        }
+        for at in self.candidates.live() {
+            let candidate = &self.candidates[at];
+            if candidate.is(GHOST) && stale(candidate.cluster) {
+                self.set(context, at, None);
+            }
+        }
+    }
+
+    fn selected(&self, context: Context<'_>, at: u32) -> bool {
+        let candidate = &self.candidates[at];
+        let tier = context.tier(candidate.cluster, candidate.class);
+        candidate.id != 0
+            && candidate.alive()
+            && (candidate.is(GHOST) || tier.is_some_and(|tier| self.tiers.contains(tier)))
+    }
+
+    /// Brings numbers and slots in line with what is known, and says what changed.
+    pub(crate) fn settle(
+        &mut self,
+        context: Context<'_>,
+        ids: &mut IdAllocator,
+        mut known_id: impl FnMut(&Address, u16) -> Option<u32>,
+    ) -> Delta {
+        let mut delta = Delta::default();
+        let dirty = std::mem::take(&mut self.dirty);
+        for &at in &dirty {
+            let mut candidate = self.candidates[at];
+            candidate.set(DIRTY, false);
+            if candidate.alive() {
+                if candidate.id == 0 {
+                    candidate.set(CHANGED, true);
+                    match known_id(&candidate.address, candidate.port) {
+                        Some(id) => {
+                            candidate.id = id;
+                            candidate.set(WRITTEN, true);
+                        }
+                        None => candidate.id = ids.allocate().unwrap_or(0),
+                    }
+                }
+                if candidate.id != 0 && (candidate.is(CHANGED) || !candidate.is(WRITTEN)) {
+                    delta
+                        .written
+                        .push((candidate.id, self.backend(context, &candidate)));
+                    candidate.set(CHANGED, false);
+                    candidate.set(WRITTEN, true);
+                }
+            }
+            self.candidates[at] = candidate;
+            if candidate.alive() && candidate.id == 0 {
+                delta.starved = true;
+                self.mark(at);
+            }
+        }
+        self.settle_slots(context, &dirty, &mut delta.touched);
+        for &at in &dirty {
+            let candidate = &mut self.candidates[at];
+            if candidate.alive() {
+                continue;
+            }
+            if candidate.id != 0 {
+                delta.deleted.push(candidate.id);
+                candidate.id = 0;
+                candidate.set(WRITTEN, false);
+            }
+            if candidate.contributions == 0 {
+                self.candidates.remove(context.hasher, at);
+            }
+        }
+        delta
+    }
+
+    fn settle_slots(&mut self, context: Context<'_>, dirty: &[u32], touched: &mut Vec<u32>) {
+        let tiers = select(self.affinity, &self.counts);
+        let all = tiers != self.tiers || self.overflow > 0;
+        self.tiers = tiers;
+        let live;
+        let considered = if all {
+            live = self.candidates.live();
+            // Dead ones leave the index only after this.
+            live.as_slice()
+        } else {
+            dirty
+        };
+        let (mut holes, mut joining) = (Vec::new(), Vec::new());
+        for &at in considered {
+            let candidate = &self.candidates[at];
+            match (candidate.has_slot(), self.selected(context, at)) {
+                (true, false) => holes.push(candidate.slot),
+                (false, true) => joining.push(at),
+                _ => {}
+            }
+        }
+        for &hole in &holes {
+            let at = self.slots[hole as usize];
+            self.candidates[at].slot = NO_SLOT;
+        }
+        // Descending, so that the lowest hole is filled first.
+        holes.sort_unstable_by(|a, b| b.cmp(a));
+        let mut joining = joining.into_iter();
+        while let Some(&hole) = holes.last() {
+            let Some(at) = joining.next() else { break };
+            holes.pop();
+            self.slots[hole as usize] = at;
+            self.candidates[at].slot = hole;
+            touched.push(hole);
+        }
+        self.overflow = 0;
+        for at in joining {
+            if self.slots.len() >= SLOTS_MAX {
+                self.overflow += 1;
+                continue;
+            }
+            touched.push(self.slots.len() as u32);
+            self.give_slot(at);
+        }
+        // Holes left: from the highest down, the last slot moves into it.
+        for hole in holes {
+            self.slots.swap_remove(hole as usize);
+            if let Some(&moved) = self.slots.get(hole as usize) {
+                self.candidates[moved].slot = hole;
+                touched.push(hole);
+            }
+        }
+        touched.sort_unstable();
+        touched.dedup();
+        touched.retain(|position| (*position as usize) < self.slots.len());
+    }
+
+    /// Tiers that take traffic, as of the last drain.
+    pub(crate) const fn tiers(&self) -> TierSet {
+        self.tiers
+    }
+
+    pub(crate) const fn has(&self, tier: Tier) -> bool {
+        self.counts.has(tier)
+    }
+
+    /// Gives up all backends: the numbers to delete from the map.
+    pub(crate) fn clear_ids(&mut self) -> Vec<u32> {
+        let live = self.candidates.live();
+        let ids = live
+            .into_iter()
+            .map(|at| self.candidates[at].id)
+            .filter(|id| *id != 0)
+            .collect();
+        self.candidates = Indexed::new();
+        self.slots = Vec::new();
+        self.dirty = Vec::new();
+        ids
+    }
+
+    /// The entry of a candidate in the backend map.
+    pub(crate) fn backend(&self, context: Context<'_>, candidate: &Candidate) -> Backend {
+        let state = if context.quarantined(candidate.cluster) {
+            backend_state::QUARANTINED
+        } else if candidate.class == Class::Terminating {
+            backend_state::TERMINATING
+        } else {
+            backend_state::ACTIVE
+        };
+        Backend {
+            address: candidate.address,
+            port: candidate.port.to_be_bytes(),
+            proto: self.port.protocol.number(),
+            state,
+            cluster_id: candidate.cluster,
+            zone: candidate.zone,
+            pad: 0,
+        }
+    }
+}

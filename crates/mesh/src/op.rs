@@ -1,0 +1,138 @@
+//! Map operations and plans: values that say what to write, in which order.
+//!
+//! Invariant: the operations of a plan are sorted by [`MapOp::phase`]; any prefix of them may be applied. Puts are
+//! idempotent, and deleting what is absent counts as success.
+
+use isthmus_bpf_abi::{Backend, Endpoint, EndpointKey, IpcacheKey, IpcacheValue, ServiceKey, ServiceValue};
+
+/// One write to one map.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum MapOp {
+    /// Writes a frontend (slot 0) or one of its slots.
+    ServicePut(ServiceKey, ServiceValue),
+    /// Removes a frontend (slot 0) or one of its slots.
+    ServiceDelete(ServiceKey),
+    /// Writes a backend by its number.
+    BackendPut(u32, Backend),
+    /// Removes a backend.
+    BackendDelete(u32),
+    /// Writes an ipcache entry.
+    IpcachePut(IpcacheKey, IpcacheValue),
+    /// Removes an ipcache entry.
+    IpcacheDelete(IpcacheKey),
+    /// Writes a local endpoint.
+    EndpointPut(EndpointKey, Endpoint),
+    /// Removes a local endpoint.
+    EndpointDelete(EndpointKey),
+}
+
+/// The map entry that an operation writes: of two operations on one object the later one counts.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Object {
+    /// Entry of `isthmus_services`.
+    Service(ServiceKey),
+    /// Entry of `isthmus_backends`.
+    Backend(u32),
+    /// Entry of `isthmus_ipcache`.
+    Ipcache(IpcacheKey),
+    /// Entry of `isthmus_endpoints`.
+    Endpoint(EndpointKey),
+}
+
+impl MapOp {
+    /// Place in a plan. Within a phase all operations are of one kind on one map (phase 3 has frontends' puts and
+    /// deletes), and their order does not matter.
+    pub const fn phase(&self) -> u8 {
+        match self {
+            Self::IpcachePut(..) | Self::EndpointPut(..) => 0,
+            Self::BackendPut(..) => 1,
+            Self::ServicePut(key, _) if key.slot != 0 => 2,
+            Self::ServicePut(..) => 3,
+            Self::ServiceDelete(key) if key.slot == 0 => 3,
+            Self::ServiceDelete(..) => 4,
+            Self::BackendDelete(..) => 5,
+            Self::IpcacheDelete(..) | Self::EndpointDelete(..) => 6,
+        }
+    }
+
+    /// The entry it writes.
+    pub const fn object(&self) -> Object {
+        match self {
+            Self::ServicePut(key, _) | Self::ServiceDelete(key) => Object::Service(*key),
+            Self::BackendPut(id, _) | Self::BackendDelete(id) => Object::Backend(*id),
+            Self::IpcachePut(key, _) | Self::IpcacheDelete(key) => Object::Ipcache(*key),
+            Self::EndpointPut(key, _) | Self::EndpointDelete(key) => Object::Endpoint(*key),
+        }
+    }
+}
+
+/// Operations in order, each with the failure domain it belongs to.
+///
+/// When an operation fails, the later ones of its domain must not be applied before it succeeded; other domains go on.
+/// Domain 0 holds operations that depend on nothing.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Plan {
+    /// What to write, in this order.
+    pub ops: Vec<MapOp>,
+    /// The failure domain of each of `ops`: as many.
+    pub domains: Vec<u32>,
+}
+
+impl Plan {
+    /// Whether nothing is to be done.
+    pub fn is_empty(&self) -> bool {
+        self.ops.is_empty()
+    }
+
+    /// How many operations there are.
+    pub fn len(&self) -> usize {
+        self.ops.len()
+    }
+
+    /// A plan of independent operations.
+    pub fn independent(ops: Vec<MapOp>) -> Self {
+        let domains = vec![0; ops.len()];
+        Self { ops, domains }
+    }
+
+    /// Puts `other`'s operations in among these, phase by phase.
+    pub fn merge(&mut self, other: Self) {
+        if self.is_empty() {
+            *self = other;
+            return;
+        }
+        if other.is_empty() {
+            return;
+        }
+        let mut both: Vec<(MapOp, u32)> = std::mem::take(self)
+            .into_pairs()
+            .chain(other.into_pairs())
+            .collect();
+        both.sort_by_key(|(op, _)| op.phase());
+        (self.ops, self.domains) = both.into_iter().unzip();
+    }
+
+    /// Each operation with its domain.
+    pub fn into_pairs(self) -> impl Iterator<Item = (MapOp, u32)> {
+        self.ops.into_iter().zip(self.domains)
+    }
+
+    pub(crate) fn push(&mut self, op: MapOp, domain: u32) {
+        self.ops.push(op);
+        self.domains.push(domain);
+    }
+
+    pub(crate) fn append(&mut self, other: &mut Self) {
+        self.ops.append(&mut other.ops);
+        self.domains.append(&mut other.domains);
+    }
+}
+
+/// Contents of the two load-balancing maps, in any order.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct LbDump {
+    /// `isthmus_services`.
+    pub services: Vec<(ServiceKey, ServiceValue)>,
+    /// `isthmus_backends`.
+    pub backends: Vec<(u32, Backend)>,
+}
