@@ -112,10 +112,10 @@ impl Allocator {
     }
 
     /// The number of `labels`, for one user more. A new number is allocated if there is none.
-    pub fn acquire(&mut self, labels: Labels, now: Duration) -> Result<NumericIdentity, Exhausted> {
+    pub fn acquire(&mut self, labels: Labels) -> Result<NumericIdentity, Exhausted> {
         let number = match self.by_labels.get(&labels) {
             Some(number) => *number,
-            None => self.allocate(labels, now)?,
+            None => self.allocate(labels)?,
         };
         if let Some(slot) = self.by_number.get_mut(&number) {
             slot.users += 1;
@@ -138,7 +138,7 @@ impl Allocator {
         }
     }
 
-    /// Frees what nobody has used for the grace period, and says which numbers that were.
+    /// Frees what nobody has used for the grace period, and says which numbers that were. Numbers that have rested are free again.
     pub fn collect(&mut self, now: Duration) -> Vec<NumericIdentity> {
         let rest = self.retention.rest;
         self.resting.retain(|_, freed| now.saturating_sub(*freed) < rest);
@@ -179,29 +179,28 @@ impl Allocator {
         self.by_number.is_empty()
     }
 
-    fn allocate(&mut self, labels: Labels, now: Duration) -> Result<NumericIdentity, Exhausted> {
+    fn allocate(&mut self, labels: Labels) -> Result<NumericIdentity, Exhausted> {
         let numbers = self.range.numbers();
         let (first, last) = (*numbers.start(), *numbers.end());
-        let rest = self.retention.rest;
         let free = |number: &u32| {
             let number = NumericIdentity(*number);
-            let rested = self
-                .resting
-                .get(&number)
-                .is_none_or(|freed| now.saturating_sub(*freed) >= rest);
-            rested && !self.by_number.contains_key(&number)
+            !self.resting.contains_key(&number) && !self.by_number.contains_key(&number)
         };
+        let exhausted = Exhausted {
+            total: (last - first + 1) as usize,
+            used: self.by_number.len(),
+            resting: self.resting.len(),
+        };
+        // Known without a search, which would be long just when many pods wait.
+        if exhausted.used + exhausted.resting >= exhausted.total {
+            return Err(exhausted);
+        }
         let number = (self.cursor..=last)
             .chain(first..self.cursor)
             .find(free)
-            .ok_or(Exhausted {
-                total: numbers.count(),
-                used: self.by_number.len(),
-                resting: self.resting.len(),
-            })?;
+            .ok_or(exhausted)?;
         self.cursor = if number == last { first } else { number + 1 };
         let number = NumericIdentity(number);
-        self.resting.remove(&number);
         let labels = Arc::new(labels);
         self.by_labels.insert(labels.clone(), number);
         self.by_number.insert(

@@ -73,9 +73,9 @@ impl State {
     /// What an address means: of the pods that claim it, the one that stays has it.
     fn entry(&self, address: &std::net::IpAddr) -> Option<IpEntry> {
         let claims = self.claims.get(address)?;
-        let workloads = claims.iter().filter_map(|key| Some((key, self.pods.get(key)?)));
+        let mut workloads = claims.iter().filter_map(|key| Some((key, self.pods.get(key)?)));
         let (key, workload) = if claims.len() == 1 {
-            workloads.last()
+            workloads.next()
         } else {
             workloads.max_by_key(|(_, workload)| workload.claim())
         }?;

@@ -79,6 +79,7 @@ pub fn apply(published: &mut BTreeMap<Bytes, Bytes>, changes: &[Change]) {
 }
 
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "a test's objects are few")]
 pub enum Object {
     Service(Service),
     Slice(EndpointSlice),
