@@ -1,5 +1,6 @@
 //! `isthmus sandbox ...`: arguments in, commands done, words for people out.
 
+mod demo_run;
 mod report;
 mod up;
 
@@ -13,7 +14,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use crate::control::Action;
 use crate::plan::is_label;
-use crate::{SandboxClient, demo, registry, supervisor, teardown};
+use crate::{SandboxClient, registry, supervisor, teardown};
 
 /// Exit code of a bad flag or value (`EX_USAGE`).
 const USAGE: u8 = 64;
@@ -56,8 +57,13 @@ enum Command {
     Component(ComponentArgs),
     /// Take the link of a node, or of a cluster to all others, up or down.
     Link(LinkArgs),
-    /// A guided tour of a running sandbox.
-    Demo(NameArgs),
+    /// Build a sandbox, put a global service through everything that may happen to it, and remove it again.
+    Demo(demo_run::DemoArgs),
+    /// Programs for pods: a server that says who it is, a client that asks and writes down every answer.
+    Workload {
+        #[command(subcommand)]
+        workload: crate::workload::Workload,
+    },
     /// Own a sandbox (started by `up`).
     #[command(hide = true)]
     Supervise(NameArgs),
@@ -246,10 +252,8 @@ pub async fn run(args: SandboxArgs) -> anyhow::Result<ExitCode> {
                 .set_link(&target, state == LinkState::Up)
                 .await?;
         }
-        Command::Demo(name) => {
-            let client = SandboxClient::open_in(&root, &name.name)?;
-            demo::run(&client, &mut std::io::stdout()).await?;
-        }
+        Command::Demo(args) => return demo_run::run(args, &root).await,
+        Command::Workload { workload } => crate::workload::run(workload).await?,
         Command::Supervise(name) => supervisor::run(&root, &name.name).await?,
     }
     Ok(ExitCode::SUCCESS)

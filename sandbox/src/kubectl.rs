@@ -15,7 +15,10 @@ pub struct Kubectl {
 impl Kubectl {
     /// kubectl for the context named `context`.
     pub fn new(kubeconfig: impl Into<PathBuf>, context: impl Into<String>) -> Self {
-        Self { kubeconfig: kubeconfig.into(), context: context.into() }
+        Self {
+            kubeconfig: kubeconfig.into(),
+            context: context.into(),
+        }
     }
 
     /// Runs kubectl and returns what it printed; the error carries what it complained about.
@@ -30,11 +33,17 @@ impl Kubectl {
 
     /// One value of an object by JSONPath, for example `{.spec.clusterIP}`.
     pub async fn value(&self, namespace: &str, object: &str, path: &str) -> anyhow::Result<String> {
-        self.run(&["-n", namespace, "get", object, "-o", &format!("jsonpath={path}")]).await
+        self.run(&["-n", namespace, "get", object, "-o", &format!("jsonpath={path}")])
+            .await
     }
 
     async fn feed<S: AsRef<std::ffi::OsStr>>(&self, args: &[S], input: &str) -> anyhow::Result<String> {
-        let shown = || args.iter().map(|arg| arg.as_ref().to_string_lossy()).collect::<Vec<_>>().join(" ");
+        let shown = || {
+            args.iter()
+                .map(|arg| arg.as_ref().to_string_lossy())
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
         let mut child = Command::new("kubectl")
             .arg("--kubeconfig")
             .arg(&self.kubeconfig)
@@ -50,9 +59,17 @@ impl Kubectl {
         // kubectl may end without reading; its exit code says more than a broken pipe.
         let _ = stdin.write_all(input.as_bytes()).await;
         drop(stdin);
-        let output = child.wait_with_output().await.context("cannot wait for kubectl")?;
+        let output = child
+            .wait_with_output()
+            .await
+            .context("cannot wait for kubectl")?;
         if !output.status.success() {
-            bail!("kubectl {} ({}): {}", shown(), self.context, String::from_utf8_lossy(&output.stderr).trim());
+            bail!(
+                "kubectl {} ({}): {}",
+                shown(),
+                self.context,
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }

@@ -24,7 +24,9 @@ pub mod client;
 pub mod control;
 pub mod demo;
 pub mod http_get;
+pub mod kubectl;
 pub mod kubelet;
+pub mod load;
 pub mod netns;
 pub mod pki;
 pub mod plan;
@@ -32,5 +34,6 @@ pub mod prerequisites;
 pub mod registry;
 pub mod supervisor;
 pub mod teardown;
+pub mod workload;
 
 pub use client::SandboxClient;

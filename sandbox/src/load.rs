@@ -127,7 +127,11 @@ impl Load {
                 }
             }
         });
-        Ok(Self { child, reader, answers })
+        Ok(Self {
+            child,
+            reader,
+            answers,
+        })
     }
 
     /// How many answers there are; a mark for [`Self::since`].
@@ -137,7 +141,13 @@ impl Load {
 
     /// The answers from number `mark` on.
     pub fn since(&self, mark: usize) -> Vec<Answer> {
-        self.answers.lock().unwrap_or_else(PoisonError::into_inner).iter().skip(mark).cloned().collect()
+        self.answers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .skip(mark)
+            .cloned()
+            .collect()
     }
 
     /// Waits until `count` further requests were answered and returns them.
@@ -150,7 +160,10 @@ impl Load {
                 return Ok(answers);
             }
             if Instant::now() >= deadline || self.reader.is_finished() {
-                bail!("the load generator gave {} answers of {count} within {limit:?}", answers.len());
+                bail!(
+                    "the load generator gave {} answers of {count} within {limit:?}",
+                    answers.len()
+                );
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -173,7 +186,10 @@ impl Load {
                 return Ok(recent);
             }
             if Instant::now() >= deadline || self.reader.is_finished() {
-                bail!("{what} did not come true within {limit:?}; the last {} requests: {recent:?}", recent.requests);
+                bail!(
+                    "{what} did not come true within {limit:?}; the last {} requests: {recent:?}",
+                    recent.requests
+                );
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -181,10 +197,19 @@ impl Load {
 
     /// Stops asking and returns everything.
     pub async fn stop(mut self) -> anyhow::Result<Vec<Answer>> {
-        self.child.start_kill().context("cannot stop the load generator")?;
-        self.child.wait().await.context("cannot wait for the load generator")?;
-        self.reader.await.context("the reader of the load generator panicked")?;
-        Ok(std::mem::take(&mut *self.answers.lock().unwrap_or_else(PoisonError::into_inner)))
+        self.child
+            .start_kill()
+            .context("cannot stop the load generator")?;
+        self.child
+            .wait()
+            .await
+            .context("cannot wait for the load generator")?;
+        self.reader
+            .await
+            .context("the reader of the load generator panicked")?;
+        Ok(std::mem::take(
+            &mut *self.answers.lock().unwrap_or_else(PoisonError::into_inner),
+        ))
     }
 }
 
@@ -194,10 +219,23 @@ mod tests {
 
     #[test]
     fn tallies_count_by_cluster_and_remember_the_last_failure() {
-        let answer = |at_us, from: &str, error: &str| Answer { at_us, took_us: 1, from: from.into(), error: error.into() };
-        let answers = [answer(1, "east/a", ""), answer(2, "", "refused"), answer(3, "west/b", ""), answer(4, "west/c", "")];
+        let answer = |at_us, from: &str, error: &str| Answer {
+            at_us,
+            took_us: 1,
+            from: from.into(),
+            error: error.into(),
+        };
+        let answers = [
+            answer(1, "east/a", ""),
+            answer(2, "", "refused"),
+            answer(3, "west/b", ""),
+            answer(4, "west/c", ""),
+        ];
         let tally = Tally::of(&answers);
-        assert_eq!((tally.requests, tally.failed, tally.last_failure_us), (4, 1, Some(2)));
+        assert_eq!(
+            (tally.requests, tally.failed, tally.last_failure_us),
+            (4, 1, Some(2))
+        );
         assert_eq!(tally.clusters(), ["east", "west"]);
         assert_eq!(tally.by_cluster["west"], 2);
     }

@@ -5,6 +5,7 @@
 //! The client's output is one JSON object ([`Answer`]) a request, so that whoever reads it can judge every single one.
 
 use std::{
+    io::Write as _,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -94,8 +95,12 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let name = |variable: &str| std::env::var(variable).unwrap_or_else(|_| "unknown".to_owned());
     let identity: Arc<str> = format!("{}/{}", name("CLUSTER"), name("POD_NAME")).into();
     let any = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), args.port);
-    let listener = TcpListener::bind(any).await.with_context(|| format!("cannot listen on TCP port {}", args.port))?;
-    let datagrams = UdpSocket::bind(any).await.with_context(|| format!("cannot listen on UDP port {}", args.port))?;
+    let listener = TcpListener::bind(any)
+        .await
+        .with_context(|| format!("cannot listen on TCP port {}", args.port))?;
+    let datagrams = UdpSocket::bind(any)
+        .await
+        .with_context(|| format!("cannot listen on UDP port {}", args.port))?;
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     println!("{identity} listens on port {}", args.port);
     let stop = async {
@@ -113,14 +118,22 @@ async fn serve(args: ServeArgs) -> anyhow::Result<()> {
 async fn serve_tcp(listener: &TcpListener, identity: &Arc<str>) -> anyhow::Result<()> {
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
-        let slot = slots.clone().acquire_owned().await.context("the server is stopping")?;
-        let Ok((mut stream, _)) = listener.accept().await else { continue };
+        let slot = slots
+            .clone()
+            .acquire_owned()
+            .await
+            .context("the server is stopping")?;
+        let Ok((mut stream, _)) = listener.accept().await else {
+            continue;
+        };
         let identity = identity.clone();
         tokio::spawn(async move {
             let _slot = slot;
             let mut request = vec![0; MESSAGE_LEN_MAX];
-            let answer =
-                format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{identity}\n", identity.len() + 1);
+            let answer = format!(
+                "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{identity}\n",
+                identity.len() + 1
+            );
             // Requests of our client and of curl fit one segment; a read is a request.
             while let Ok(1..) = stream.read(&mut request).await {
                 if stream.write_all(answer.as_bytes()).await.is_err() {
@@ -149,12 +162,13 @@ async fn load(args: LoadArgs) -> anyhow::Result<()> {
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let limit = Duration::from_millis(args.timeout_ms);
     let (answers, mut lines) = tokio::sync::mpsc::channel::<Answer>(UNDER_WAY_MAX);
-    let printer = tokio::spawn(async move {
-        let mut out = tokio::io::stdout();
-        while let Some(answer) = lines.recv().await {
-            let line = serde_json::to_string(&answer)? + "\n";
-            out.write_all(line.as_bytes()).await?;
-            out.flush().await?;
+    // A pipe whose reader is slow blocks: not on a thread that other requests need.
+    let printer = tokio::task::spawn_blocking(move || {
+        let mut out = std::io::stdout().lock();
+        while let Some(answer) = lines.blocking_recv() {
+            serde_json::to_writer(&mut out, &answer)?;
+            out.write_all(b"\n")?;
+            out.flush()?;
         }
         anyhow::Ok(())
     });
@@ -174,10 +188,18 @@ async fn load(args: LoadArgs) -> anyhow::Result<()> {
             }
             continue;
         }
-        let slot = under_way.clone().acquire_owned().await.context("the client is stopping")?;
+        let slot = under_way
+            .clone()
+            .acquire_owned()
+            .await
+            .context("the client is stopping")?;
         let (answers, target, udp) = (answers.clone(), args.target, args.udp);
         tokio::spawn(async move {
-            let answer = if udp { measure(limit, ask_udp(target)).await } else { measure(limit, ask_tcp(target)).await };
+            let answer = if udp {
+                measure(limit, ask_udp(target)).await
+            } else {
+                measure(limit, ask_tcp(target)).await
+            };
             // The printer is gone only when the output is closed; then nobody waits for this answer.
             let _ = answers.send(answer).await;
             drop(slot);
@@ -188,14 +210,24 @@ async fn load(args: LoadArgs) -> anyhow::Result<()> {
 }
 
 async fn measure(limit: Duration, request: impl Future<Output = anyhow::Result<String>>) -> Answer {
-    let at_us = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64);
+    let at_us = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_micros() as u64);
     let begun = Instant::now();
     let (from, error) = match timeout(limit, request).await {
         Ok(Ok(from)) => (from, String::new()),
         Ok(Err(error)) => (String::new(), format!("{error:#}")),
-        Err(_) => (String::new(), format!("no answer within {} ms", limit.as_millis())),
+        Err(_) => (
+            String::new(),
+            format!("no answer within {} ms", limit.as_millis()),
+        ),
     };
-    Answer { at_us, took_us: begun.elapsed().as_micros() as u64, from, error }
+    Answer {
+        at_us,
+        took_us: begun.elapsed().as_micros() as u64,
+        from,
+        error,
+    }
 }
 
 async fn ask_tcp(target: SocketAddr) -> anyhow::Result<String> {
@@ -212,7 +244,10 @@ async fn ask_kept(kept: &mut Option<TcpStream>, target: SocketAddr) -> anyhow::R
 }
 
 async fn exchange(stream: &mut TcpStream) -> anyhow::Result<String> {
-    stream.write_all(b"GET / HTTP/1.1\r\nHost: isthmus\r\n\r\n").await.context("send")?;
+    stream
+        .write_all(b"GET / HTTP/1.1\r\nHost: isthmus\r\n\r\n")
+        .await
+        .context("send")?;
     let mut answer = vec![0; MESSAGE_LEN_MAX];
     let length = stream.read(&mut answer).await.context("receive")?;
     let text = std::str::from_utf8(&answer[..length]).context("the answer is not text")?;
@@ -242,13 +277,19 @@ mod tests {
     async fn a_closed_port_is_a_failed_answer() {
         // Port 1 on loopback: nobody listens.
         let answer = measure(Duration::from_secs(2), ask_tcp("127.0.0.1:1".parse().unwrap())).await;
-        assert!(answer.from.is_empty() && answer.error.contains("connect"), "{answer:?}");
+        assert!(
+            answer.from.is_empty() && answer.error.contains("connect"),
+            "{answer:?}"
+        );
     }
 
     #[tokio::test]
     async fn the_server_names_itself_on_tcp_and_udp() {
         let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
-        let (listener, socket) = (TcpListener::bind(any).await.unwrap(), UdpSocket::bind(any).await.unwrap());
+        let (listener, socket) = (
+            TcpListener::bind(any).await.unwrap(),
+            UdpSocket::bind(any).await.unwrap(),
+        );
         let (tcp, udp) = (listener.local_addr().unwrap(), socket.local_addr().unwrap());
         let identity: Arc<str> = "east/pod-1".into();
         let (for_tcp, for_udp) = (identity.clone(), identity);

@@ -57,6 +57,24 @@ pub struct UpArgs {
     no_components: bool,
 }
 
+impl UpArgs {
+    /// Two clusters of two nodes in a sandbox called `name`.
+    pub fn of_demo(name: String, bin_dir: Option<PathBuf>) -> Self {
+        Self {
+            name,
+            clusters: 2,
+            named: vec![],
+            nodes: 2,
+            ipv6: true,
+            wait: 120,
+            no_wait: false,
+            keep_failed: false,
+            bin_dir,
+            no_components: false,
+        }
+    }
+}
+
 pub async fn run(args: UpArgs, state_root: &Path) -> anyhow::Result<ExitCode> {
     let request = match request_of(&args) {
         Ok(request) => request,
