@@ -36,7 +36,7 @@ fn decide(ctx: &TcContext) -> Result<i32, DropReason> {
         Frame::Ip(packet) => packet,
         Frame::Arp => return Ok(TC_ACT_OK),
     };
-    if packet.is_neighbour_discovery() {
+    if packet.is_link_control() {
         return Ok(TC_ACT_OK);
     }
     let source = sender(ctx, &packet)?;

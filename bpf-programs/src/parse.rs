@@ -17,7 +17,10 @@ const IPV6_ADDRESSES: usize = 8;
 /// Offset of the next header's number in an IPv6 header.
 const IPV6_NEXT_HEADER: usize = 6;
 
+const NEXT_HEADER_HOP_BY_HOP: u8 = 0;
 const NEXT_HEADER_ICMPV6: u8 = 58;
+/// Offset of the next header's number in the extension header after an IPv6 header.
+const IPV6_EXTENSION: usize = 40;
 
 /// A frame that the hooks know.
 pub enum Frame {
@@ -35,7 +38,7 @@ pub struct Packet {
     pub source: Address,
     /// Destination address.
     pub destination: Address,
-    /// Whether it is ICMPv6 without extension headers.
+    /// Whether it is ICMPv6, at once or after hop-by-hop options (as multicast listener reports are).
     pub icmpv6: bool,
 }
 
@@ -62,7 +65,10 @@ pub fn parse(ctx: &TcContext) -> Result<Frame, DropReason> {
             }))
         }
         ETHERTYPE_IPV6 => {
-            let next_header: u8 = load(ctx, ETH_LEN + IPV6_NEXT_HEADER)?;
+            let mut next_header: u8 = load(ctx, ETH_LEN + IPV6_NEXT_HEADER)?;
+            if next_header == NEXT_HEADER_HOP_BY_HOP {
+                next_header = load(ctx, ETH_LEN + IPV6_EXTENSION)?;
+            }
             Ok(Frame::Ip(Packet {
                 source_mac,
                 source: load(ctx, ETH_LEN + IPV6_ADDRESSES)?,
@@ -76,10 +82,10 @@ pub fn parse(ctx: &TcContext) -> Result<Frame, DropReason> {
 }
 
 impl Packet {
-    /// Whether this is neighbour or router discovery: ICMPv6 from no address or a link-local one, to a link-local or
-    /// multicast one. It never leaves the link.
+    /// Whether this is the link's own business (neighbour and router discovery, multicast listener reports): ICMPv6
+    /// from no address or a link-local one, to a link-local or multicast one. It never leaves the link.
     #[inline(always)]
-    pub fn is_neighbour_discovery(&self) -> bool {
+    pub fn is_link_control(&self) -> bool {
         self.icmpv6
             && (self.source == [0; 16] || is_link_local(&self.source))
             && (self.destination[0] == 0xff || is_link_local(&self.destination))

@@ -10,7 +10,7 @@ use rtnetlink::{
     Handle, LinkUnspec, LinkVxlan,
     packet_route::{
         AddressFamily,
-        address::AddressAttribute,
+        address::{AddressAttribute, AddressHeaderFlags},
         link::{
             AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoVxlan, LinkAttribute, LinkFlags,
             LinkInfo, LinkMessage,
@@ -94,6 +94,7 @@ pub async fn ensure_vxlan(netlink: &Handle, config: &VxlanConfig) -> Result<u32,
     let change = LinkUnspec::new_with_index(ifindex)
         .mtu(config.mtu)
         .arp(false)
+        .multicast(false)
         .up()
         .build();
     netlink
@@ -169,18 +170,14 @@ pub fn enable_forwarding() -> Result<(), DeviceError> {
 }
 
 async fn create(netlink: &Handle, port: u16) -> Result<u32, DeviceError> {
-    let mut message = LinkVxlan::new(VXLAN_NAME, 0)
+    let message = LinkVxlan::new(VXLAN_NAME, 0)
         .append_info_data(InfoVxlan::CollectMetadata(true))
         .learning(false)
         .port(port)
         .arp(false)
+        // The overlay carries none, so the stack need not announce its groups there.
+        .multicast(false)
         .build();
-    // No link-local address: it would send router solicitations into an overlay that has no router.
-    message
-        .attributes
-        .push(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![
-            AfSpecInet6::AddrGenMode(In6AddrGenMode::None),
-        ])]));
     netlink
         .link()
         .add(message)
@@ -188,9 +185,24 @@ async fn create(netlink: &Handle, port: u16) -> Result<u32, DeviceError> {
         .await
         .map_err(failed("creating the VXLAN device", VXLAN_NAME))?;
     let link = find(netlink, VXLAN_NAME).await?;
-    link.map(|link| link.header.index).ok_or(DeviceError::Vanished {
+    let ifindex = link.map(|link| link.header.index).ok_or(DeviceError::Vanished {
         device: VXLAN_NAME.to_owned(),
-    })
+    })?;
+    // No link-local address: it would send router solicitations into an overlay that has no router. The kernel takes
+    // this only for a device that exists, and it must come before the device is up.
+    let no_link_local =
+        LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
+            In6AddrGenMode::None,
+        )])]);
+    let message = LinkUnspec::new_with_index(ifindex)
+        .append_extra_attribute(no_link_local)
+        .build();
+    match netlink.link().set(message).execute().await {
+        // A kernel without IPv6.
+        Err(error) if errno(&error) == Some(libc::EAFNOSUPPORT) => {}
+        result => result.map_err(failed("configuring", VXLAN_NAME))?,
+    }
+    Ok(ifindex)
 }
 
 async fn delete(netlink: &Handle, ifindex: u32) -> Result<(), DeviceError> {
@@ -256,13 +268,10 @@ async fn ensure_addresses(netlink: &Handle, ifindex: u32, wanted: &[IpAddr]) -> 
             .iter()
             .any(|message| address_of(message) == Some(*address) && message.header.prefix_len == host_bits);
         if !present {
-            netlink
-                .address()
-                .add(ifindex, *address, host_bits)
-                .replace()
-                .execute()
-                .await
-                .map_err(on("adding a router IP to"))?;
+            let mut request = netlink.address().add(ifindex, *address, host_bits).replace();
+            // Usable at once: the device has no neighbours to probe, and routes name this source right away.
+            request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+            request.execute().await.map_err(on("adding a router IP to"))?;
         }
     }
     for message in messages {

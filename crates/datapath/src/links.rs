@@ -143,13 +143,22 @@ pub fn detach_packet_hook(bpf_root: &Path, hook: PacketHook, ifindex: u32) -> Re
     if filter.exists() {
         remove_filter(hook, ifindex);
     }
-    for pin in [dir.join(name), filter] {
-        pins::remove(&pin).map_err(|source| AttachError::Detach {
+    detach_link(&dir.join(name))?;
+    pins::remove(&filter).map_err(|source| AttachError::Detach {
+        path: filter.display().to_string(),
+        source,
+    })
+}
+
+/// Detaches a pinned link and removes its pin; it may be absent.
+pub(crate) fn detach_link(pin: &Path) -> Result<(), AttachError> {
+    sys::obj_get(pin, false)
+        .and_then(|link| link.map_or(Ok(()), |link| sys::link_detach(link.as_fd())))
+        .and_then(|()| pins::remove(pin))
+        .map_err(|source| AttachError::Detach {
             path: pin.display().to_string(),
             source,
-        })?;
-    }
-    Ok(())
+        })
 }
 
 /// Indexes of the devices that a packet hook is attached to, by the pins. Some may be gone.
@@ -195,7 +204,7 @@ impl Wanted<'_> {
             }
         }
         let link = create(self.program).map_err(self.failed("BPF_LINK_CREATE"))?;
-        pins::remove(&self.pin).map_err(self.failed("removing the old link's pin"))?;
+        detach_link(&self.pin)?;
         sys::obj_pin(link.as_fd(), &self.pin).map_err(self.failed("pinning the link"))?;
         Ok(Attached::New)
     }

@@ -36,6 +36,7 @@ enum Command {
     MapDeleteBatch = 27,
     LinkCreate = 28,
     LinkUpdate = 29,
+    LinkDetach = 34,
 }
 
 /// BPF_F_RDONLY: the file descriptor may not write.
@@ -448,6 +449,22 @@ pub fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<
         ..Default::default()
     };
     bpf(Command::LinkUpdate, &mut attr).map(drop)
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct LinkDetachAttr {
+    link_fd: u32,
+}
+
+/// Detaches a link at once; it may be detached already. Closing the last descriptor alone detaches some time later.
+pub fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = LinkDetachAttr { link_fd: raw(link) };
+    match bpf(Command::LinkDetach, &mut attr) {
+        // A TCX link whose device is gone.
+        Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(()),
+        result => result.map(drop),
+    }
 }
 
 #[repr(C)]

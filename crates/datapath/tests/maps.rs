@@ -1,4 +1,5 @@
 //! Maps: batches, results for each operation, dumps, reading from outside.
+#![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
 use isthmus_bpf_abi::{
     Backend, BackendKey, Endpoint, EndpointKey, IpcacheKey, IpcacheValue, ServiceKey, ServiceValue,

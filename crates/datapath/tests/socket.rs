@@ -1,4 +1,5 @@
 //! Socket load balancing with real sockets: what a process below the cgroup sees.
+#![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
 use std::{
     collections::BTreeSet,

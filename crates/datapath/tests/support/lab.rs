@@ -86,6 +86,11 @@ impl Lab {
             cgroup_root: Some(self.cgroup.clone()),
         }
     }
+
+    /// The bpf root that was made as number `index`.
+    pub fn bpf_root(&self, index: usize) -> PathBuf {
+        self.bpf_roots[index].clone()
+    }
 }
 
 impl Drop for Lab {
