@@ -147,8 +147,8 @@ impl Cni for Service {
             endpoint_id: number,
             ipv4: format!("10.1.0.{}", number + 1),
             ipv6: format!("fd00:1::{}", number + 1),
-            ipv4_gateway: "10.1.0.1".into(),
-            ipv6_gateway: "fd00:1::1".into(),
+            ipv4_gateway: "169.254.1.1".into(),
+            ipv6_gateway: "fe80::1".into(),
             mtu: 1450,
             host_ifname: format!("lxc{number}"),
         }))

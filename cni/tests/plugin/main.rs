@@ -122,18 +122,18 @@ fn a_pod_lives_and_goes() {
                     route["gateway"].as_str().unwrap_or("-")
                 )
             })
-            // The kernel adds one for the link-local prefix and one for the pod's own address.
-            .filter(|route| !route.starts_with("fe80") && route != "fd00:1::2 -" || device != "eth0")
+            // The kernel adds one for the link-local prefix and, in the pod, one for its own address.
+            .filter(|route| route != "fe80::/64 -" && (device != "eth0" || route != "fd00:1::2 -"))
             .collect();
         routes.sort();
         routes
     };
-    assert_eq!(routes(&pod, "-4", "eth0"), ["10.1.0.1 -", "default 10.1.0.1"]);
-    assert_eq!(routes(&pod, "-6", "eth0"), ["default fd00:1::1", "fd00:1::1 -"]);
+    assert_eq!(routes(&pod, "-4", "eth0"), ["169.254.1.1 -", "default 169.254.1.1"]);
+    assert_eq!(routes(&pod, "-6", "eth0"), ["default fe80::1", "fe80::1 -"]);
     assert_eq!(routes(&node.namespace, "-4", "lxc1"), ["10.1.0.2 -"]);
     assert_eq!(
         routes(&node.namespace, "-6", "lxc1"),
-        ["fd00:1::2 -", "fe80::/64 -"]
+        ["fd00:1::2 -"]
     );
     let neighbours = pod.ip_json("neighbour show dev eth0 nud permanent");
     let neighbours: Vec<_> = neighbours
@@ -188,7 +188,7 @@ fn check_finds_what_is_missing() {
     let result = node.add("c1", &pod);
     let check = node.check("c1", &pod, &result);
     for (namespace, damage, named) in [
-        (&pod, "-6 route del default", "default route via fd00:1::1"),
+        (&pod, "-6 route del default", "default route via fe80::1"),
         (
             &node.namespace,
             "-4 route del 10.1.0.2 dev lxc1",
