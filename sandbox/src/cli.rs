@@ -263,11 +263,11 @@ async fn exec(args: ExecArgs, root: &std::path::Path) -> anyhow::Result<ExitCode
     let client = SandboxClient::open_in(root, &args.name.name)?;
     let first = client.plan().clusters.first().map(|cluster| cluster.name.clone());
     let cluster = args.cluster.or(first).context("the sandbox has no cluster")?;
-    let handle = client.pod(&cluster, &args.namespace, &args.pod).await?;
-    std::fs::create_dir_all(&handle.cgroup)
-        .with_context(|| format!("cannot make {}", handle.cgroup.display()))?;
-    let mut command = crate::cgroup::enter(&handle.cgroup, Some(&handle.netns)).into_std();
-    command.args(&args.command).envs(handle.env);
+    let mut command = client
+        .exec(&cluster, &args.namespace, &args.pod)
+        .await?
+        .into_std();
+    command.args(&args.command);
     // Becomes the command: its exit code is ours.
     Err(command.exec()).context("cannot run a shell")
 }
@@ -313,5 +313,9 @@ fn usage(message: &dyn std::fmt::Display) -> ExitCode {
 }
 
 fn say(line: &str) -> anyhow::Result<()> {
-    writeln!(std::io::stdout(), "{line}").context("cannot write to standard output")
+    match writeln!(std::io::stdout(), "{line}") {
+        // The reader has seen enough (`| head`).
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("cannot write to standard output"),
+    }
 }

@@ -27,6 +27,15 @@ pub enum ClientError {
     /// The connection broke.
     #[error("the sandbox's supervisor went away while it answered")]
     Broken(#[source] std::io::Error),
+    /// The pod's cgroup could not be used.
+    #[error("cannot make the cgroup {}: is this root?", cgroup.display())]
+    Cgroup {
+        /// The cgroup.
+        cgroup: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// The answer makes no sense.
     #[error("the sandbox's supervisor answered something else; is it of another version?")]
     Unexpected,
@@ -149,6 +158,11 @@ impl SandboxClient {
         name: &str,
     ) -> Result<tokio::process::Command, ClientError> {
         let handle = self.pod(cluster, namespace, name).await?;
+        let failed = |source| ClientError::Cgroup {
+            cgroup: handle.cgroup.clone(),
+            source,
+        };
+        std::fs::create_dir_all(&handle.cgroup).map_err(failed)?;
         let mut command = crate::cgroup::enter(&handle.cgroup, Some(&handle.netns));
         command.envs(handle.env);
         Ok(command)

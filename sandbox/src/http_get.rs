@@ -44,11 +44,10 @@ pub async fn status(get: Get, timeout: Duration) -> io::Result<u16> {
         let request = request
             .body(Empty::<bytes::Bytes>::new())
             .map_err(io::Error::other)?;
-        tokio::select! {
-            answer = sender.send_request(request) => Ok(answer.map_err(io::Error::other)?.status().as_u16()),
-            // Drives the connection; it ends only when the exchange has.
-            ended = connection => Err(ended.err().map_or_else(|| io::ErrorKind::UnexpectedEof.into(), io::Error::other)),
-        }
+        // Drives the connection; it ends when the sender is dropped.
+        tokio::spawn(connection);
+        let answer = sender.send_request(request).await.map_err(io::Error::other)?;
+        Ok(answer.status().as_u16())
     };
     tokio::time::timeout(timeout, exchange)
         .await

@@ -62,7 +62,8 @@ impl Series {
         }
     }
 
-    fn on_result(&mut self, success: bool) {
+    /// Returns whether this is the first failure of a row.
+    fn on_result(&mut self, success: bool) -> bool {
         self.in_flight = false;
         let length = if self.streak.0 == success {
             self.streak.1.saturating_add(1)
@@ -76,6 +77,7 @@ impl Series {
         if !success && length >= self.spec.failure_threshold {
             self.outcome = Outcome::Failing;
         }
+        !success && length == 1
     }
 }
 
@@ -148,16 +150,14 @@ impl Health {
             .min()
     }
 
-    /// Takes note of a result.
-    pub fn on_result(&mut self, kind: Kind, success: bool) {
+    /// Takes note of a result; returns whether it is the first failure of a row, which is worth telling.
+    pub fn on_result(&mut self, kind: Kind, success: bool) -> bool {
         let series = match kind {
             Kind::Startup => &mut self.startup,
             Kind::Readiness => &mut self.readiness,
             Kind::Liveness => &mut self.liveness,
         };
-        if let Some(series) = series {
-            series.on_result(success);
-        }
+        series.as_mut().is_some_and(|series| series.on_result(success))
     }
 
     fn active(&mut self) -> impl Iterator<Item = (Kind, &mut Series)> {

@@ -76,7 +76,7 @@ pub fn pod_status(
     let statuses = |init: bool| -> Vec<ContainerStatus> {
         (0..view.containers.len())
             .filter(|at| view.containers[*at].init == init)
-            .map(|at| container_status(state, facts, at))
+            .map(|at| container_status(state, facts, at, init))
             .collect()
     };
     let (init, main) = (statuses(true), statuses(false));
@@ -177,7 +177,7 @@ pub fn set_condition(
     }
 }
 
-fn container_status(state: &PodState, facts: &PodFacts, at: usize) -> ContainerStatus {
+fn container_status(state: &PodState, facts: &PodFacts, at: usize, init: bool) -> ContainerStatus {
     let (run, known) = (&state.containers[at].run, &facts.containers[at]);
     let running = matches!(run, Run::Running { .. });
     let ended = known
@@ -231,7 +231,11 @@ fn container_status(state: &PodState, facts: &PodFacts, at: usize) -> ContainerS
         name: known.name.clone(),
         image: known.image.clone(),
         container_id: known.id.clone(),
-        ready: running && known.ready,
+        ready: if init {
+            *run == Run::Exited { success: true }
+        } else {
+            running && known.ready
+        },
         started: Some(running && known.started),
         restart_count: known.restarts,
         state: Some(now),

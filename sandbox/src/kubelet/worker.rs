@@ -553,8 +553,8 @@ impl Worker {
     }
 
     fn on_probe(&mut self, at: usize, kind: Kind, result: Result<(), String>) -> Option<Event> {
-        self.parts[at].health.on_result(kind, result.is_ok());
-        if let Err(message) = result {
+        let first_failure = self.parts[at].health.on_result(kind, result.is_ok());
+        if let (Err(message), true) = (result, first_failure) {
             self.node.event(
                 &self.pod,
                 "Unhealthy",
