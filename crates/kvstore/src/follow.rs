@@ -35,7 +35,8 @@ pub enum Update {
         /// Why, for people.
         error: String,
     },
-    /// The feed is listed (again). Changes from here to [`Update::Synced`] are the difference to what was reported before.
+    /// The feed is listed (again). Changes from here to [`Update::Listed`] are the difference to what was reported before.
+    /// A list that is interrupted begins once more, with another of these; what it has reported so far stays reported.
     Listing {
         /// Feed.
         feed: Arc<str>,
@@ -43,14 +44,25 @@ pub enum Update {
         cluster_id: u64,
         /// Revision of the list.
         revision: i64,
-        /// Revisions that were reported before do not compare with those that follow.
+        /// The history is certainly the one that was followed before.
+        trusted: bool,
+    },
+    /// The list is at its end; [`Update::Synced`] follows.
+    Listed {
+        /// Feed.
+        feed: Arc<str>,
+        /// The store's cluster ID.
+        cluster_id: u64,
+        /// Revision of the list.
+        revision: i64,
+        /// Revisions that were reported before the list do not compare with those of the list and after it.
         new_history: bool,
     },
     /// Changes of whole revisions.
     Changes {
         /// Feed.
         feed: Arc<str>,
-        /// Everything up to this revision was delivered (in a list: is delivered when it is synced).
+        /// Everything up to this revision was delivered (in a list: is delivered at its end).
         revision: i64,
         /// In revision order; in a list in key order. May be empty: then only the revision moved.
         changes: Vec<Change>,

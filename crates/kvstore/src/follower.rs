@@ -185,11 +185,18 @@ pub enum Effect {
     },
     /// Cancel the watch, and let nothing that it still says reach this machine.
     Unwatch,
-    /// A list begins. Changes up to [`Effect::Synced`] are the difference to what was reported before.
+    /// A list begins. Changes up to [`Effect::Listed`] are the difference to what was reported before.
     Listing {
         /// Header of the first page.
         header: Header,
-        /// Revisions that were reported before do not compare with those that follow.
+        /// The history is certainly the one that was followed before.
+        trusted: bool,
+    },
+    /// The list is at its end.
+    Listed {
+        /// Header of the first page.
+        header: Header,
+        /// Revisions that were reported before the list do not compare with those of the list and after it.
         new_history: bool,
     },
     /// Changes, and the revision up to which all are delivered (in a list: that of the list).
@@ -250,6 +257,11 @@ pub struct Follower {
     /// Equal revisions mean equal values: the history is certainly the one that `known` is from.
     trusted: bool,
     list: u32,
+    /// Listed keys that are older than the last position and are known with the same revision, which speaks for the history
+    /// being the same,
+    matches: usize,
+    /// and whether one was not, which rules it out. Kept until a list has come to its end.
+    mismatch: bool,
 }
 
 impl Follower {
@@ -263,6 +275,8 @@ impl Follower {
             last: None,
             trusted: false,
             list: 0,
+            matches: 0,
+            mismatch: false,
         }
     }
 
@@ -371,6 +385,7 @@ impl Follower {
         self.trusted = trusted;
         self.position = None;
         self.list = self.list.wrapping_add(1);
+        self.matches = 0;
         self.state = State::Listing {
             first: None,
             start: self.feed.key.clone(),
@@ -389,10 +404,13 @@ impl Follower {
             None => {
                 let same =
                     |last: Header| last.cluster_id == header.cluster_id && last.revision <= header.revision;
-                self.trusted &= self.last.is_some_and(same);
+                if !self.last.is_some_and(same) {
+                    self.trusted = false;
+                    self.mismatch = true;
+                }
                 effects.push(Effect::Listing {
                     header,
-                    new_history: !self.trusted,
+                    trusted: self.trusted,
                 });
                 header
             }
@@ -444,6 +462,13 @@ impl Follower {
             Some(known) => Some(std::mem::replace(known, seen)),
             None => self.known.insert(Box::from(&kv.key[..]), seen),
         };
+        if self.last.is_some_and(|last| kv.mod_revision <= last.revision) {
+            // In the same history each key that old is known already.
+            match before {
+                Some(known) if known.mod_revision == kv.mod_revision => self.matches += 1,
+                _ => self.mismatch = true,
+            }
+        }
         let unchanged = self.trusted && before.is_some_and(|known| known.mod_revision == kv.mod_revision);
         (!unchanged).then(|| if unreadable { refused(kv, 0) } else { self.put(kv) })
     }
@@ -467,8 +492,13 @@ impl Follower {
                 changes,
             });
         }
+        effects.push(Effect::Listed {
+            header: first,
+            new_history: !self.trusted && (self.mismatch || self.matches == 0),
+        });
         self.position = Some(first);
         self.last = Some(first);
+        self.mismatch = false;
         effects.push(Effect::Synced { header: first });
         effects.extend(self.resume());
     }

@@ -144,6 +144,11 @@ struct World {
     view: BTreeMap<Bytes, u64>,
     newest_seen: BTreeMap<Bytes, u64>,
     page_len: usize,
+    /// Of the last complete list: which history, and what the view was when it or a change was complete.
+    synced_history: Option<i64>,
+    synced_view: BTreeMap<Bytes, u64>,
+    /// The view holds parts of a list that did not come to its end, perhaps of another history.
+    interrupted: bool,
 }
 
 impl World {
@@ -154,6 +159,20 @@ impl World {
                 Effect::Watch { start_revision } => self.watch = Some((start_revision, false)),
                 Effect::Unwatch => self.watch = None,
                 Effect::Listing { .. } => {}
+                Effect::Listed { new_history, .. } => {
+                    let same = self.synced_history == Some(self.store.history);
+                    assert!(new_history || same, "a new history was not noticed");
+                    // Not noticing that it is the same is safe, and happens only if nothing old is left to tell by.
+                    let old_left = values(&self.store.content)
+                        .iter()
+                        .any(|(key, time)| self.synced_view.get(key) == Some(time));
+                    assert!(
+                        !new_history || !same || !old_left || self.interrupted,
+                        "the same history was not recognised"
+                    );
+                    self.interrupted = false;
+                    self.synced_history = Some(self.store.history);
+                }
                 Effect::Changes { changes, .. } => changes.into_iter().for_each(|change| self.change(change)),
                 Effect::Synced { header } => {
                     assert_eq!(header.cluster_id, self.store.cluster_id);
@@ -165,6 +184,7 @@ impl World {
                         .unwrap()
                         .1;
                     assert_eq!(self.view, values(content), "view at {header:?}");
+                    self.synced_view = self.view.clone();
                 }
             }
         }
@@ -343,6 +363,9 @@ proptest! {
             view: BTreeMap::new(),
             newest_seen: BTreeMap::new(),
             page_len,
+            synced_history: None,
+            synced_view: BTreeMap::new(),
+            interrupted: false,
         };
         for step in steps {
             match step {
@@ -364,6 +387,7 @@ proptest! {
                         world.store.cluster_id += 1;
                     }
                     world.store.begin_history();
+                    world.interrupted = true;
                 }
                 Step::CancelWatch => {
                     if matches!(world.watch, Some((_, true))) {
@@ -429,7 +453,7 @@ fn late_and_hostile_answers_change_nothing() {
     };
     assert_eq!(*changes, [refused]);
     assert!(
-        matches!(effects[2], Effect::Synced { .. }),
+        matches!(effects[2], Effect::Listed { .. }),
         "the list ends: {effects:?}"
     );
     let events = vec![event(EventType::Put, kv("q", b"", 7)), Event::default()];

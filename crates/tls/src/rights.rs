@@ -52,6 +52,25 @@ impl KeyRange {
         key >= self.start.as_slice() && self.end.as_deref().is_none_or(|end| key < end)
     }
 
+    /// The first key of the range, unless it is empty.
+    pub fn start(&self) -> &[u8] {
+        &self.start
+    }
+
+    /// Whether every key of this range is in `outer`.
+    pub fn lies_in(&self, outer: &Self) -> bool {
+        outer.start <= self.start && self.ends_within(&outer.end)
+    }
+
+    /// Whether some key is in both.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        let begins_before_end_of = |a: &Self, b: &Self| b.end.as_ref().is_none_or(|end| a.start < *end);
+        !self.is_empty()
+            && !other.is_empty()
+            && begins_before_end_of(self, other)
+            && begins_before_end_of(other, self)
+    }
+
     fn is_empty(&self) -> bool {
         self.end.as_ref().is_some_and(|end| *end <= self.start)
     }
@@ -117,11 +136,7 @@ impl Rights {
 
     /// Whether the whole of `range` may be read. An empty range is not covered: nobody needs one.
     pub fn covers(&self, range: &KeyRange) -> bool {
-        !range.is_empty()
-            && self
-                .ranges
-                .iter()
-                .any(|granted| granted.start <= range.start && range.ends_within(&granted.end))
+        !range.is_empty() && self.ranges.iter().any(|granted| range.lies_in(granted))
     }
 }
 

@@ -40,6 +40,12 @@ proptest! {
     }
 
     #[test]
+    fn ranges_overlap_where_they_share_a_key(a in range(), b in range()) {
+        let shared = all_keys().iter().any(|key| a.contains(key) && b.contains(key));
+        prop_assert_eq!(a.overlaps(&b), shared);
+    }
+
+    #[test]
     fn hostile_names_never_panic(name in ".{0,80}") {
         let _ = Rights::of_common_name(&name, "c1");
     }

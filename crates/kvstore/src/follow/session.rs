@@ -227,8 +227,17 @@ impl<'a> Session<'a> {
                     self.create_next().await?;
                 }
                 Effect::Unwatch => self.unwatch(name).await?,
-                Effect::Listing { header, new_history } => {
+                Effect::Listing { header, trusted } => {
                     self.send(Update::Listing {
+                        feed: name.clone(),
+                        cluster_id: header.cluster_id,
+                        revision: header.revision,
+                        trusted,
+                    })
+                    .await?;
+                }
+                Effect::Listed { header, new_history } => {
+                    self.send(Update::Listed {
                         feed: name.clone(),
                         cluster_id: header.cluster_id,
                         revision: header.revision,

@@ -98,8 +98,8 @@ impl Content {
             .collect()
     }
 
-    /// The store's revisions begin anew: what is known about their order is worth nothing.
-    pub(super) fn on_new_history(&mut self, scope: &str) {
+    /// The store's revisions perhaps begin anew: what is known about their order is worth nothing.
+    pub(super) fn on_untrusted(&mut self, scope: &str) {
         for (_, actual) in self
             .actual
             .range_mut::<[u8], _>(from(scope.as_bytes()))
@@ -249,7 +249,7 @@ mod tests {
         content.on_change(put("a/1", "foreign", 11));
         assert_eq!(txns(&mut content).len(), 1);
         // A new history starts low; its content counts.
-        content.on_new_history("a/");
+        content.on_untrusted("a/");
         content.on_change(put("a/1", "restored", 2));
         assert_eq!(txns(&mut content).len(), 1);
     }

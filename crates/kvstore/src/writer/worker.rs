@@ -102,13 +102,12 @@ impl Worker {
                 self.fail(error);
                 self.shared.status.send_modify(|status| status.connected = false);
             }
-            Update::Listing {
-                feed, new_history, ..
-            } => {
-                if new_history {
-                    self.shared.content().on_new_history(&feed);
+            Update::Listing { feed, trusted, .. } => {
+                if !trusted {
+                    self.shared.content().on_untrusted(&feed);
                 }
             }
+            Update::Listed { .. } => {}
             Update::Changes { changes, .. } => {
                 let mut content = self.shared.content();
                 changes.into_iter().for_each(|change| content.on_change(change));
