@@ -7,35 +7,13 @@
 //! thing is held back: when a backend or slot could not be written, old slots may still name old backends, so the
 //! deletions of backends in the same list are not done, and reported as [`OpError::Withheld`]. The caller plans again.
 
-use isthmus_bpf_abi::{
-    Backend, BackendKey, Endpoint, EndpointKey, IpcacheKey, IpcacheValue, ServiceKey, ServiceValue,
-};
+use isthmus_bpf_abi::{BackendKey, EndpointKey, IpcacheKey, ServiceKey};
+use isthmus_mesh::MapOp;
 
 use crate::{
     map::{BATCH_ENTRIES_MAX, Failures, Layout, Map, MapError},
     tables::Tables,
 };
-
-/// A change of one entry.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum MapOp {
-    /// Writes a frontend or a slot.
-    ServicePut(ServiceKey, ServiceValue),
-    /// Removes a frontend or a slot.
-    ServiceDelete(ServiceKey),
-    /// Writes a backend.
-    BackendPut(BackendKey, Backend),
-    /// Removes a backend.
-    BackendDelete(BackendKey),
-    /// Writes a prefix.
-    IpcachePut(IpcacheKey, IpcacheValue),
-    /// Removes a prefix.
-    IpcacheDelete(IpcacheKey),
-    /// Writes an endpoint's address.
-    EndpointPut(EndpointKey, Endpoint),
-    /// Removes an endpoint's address.
-    EndpointDelete(EndpointKey),
-}
 
 /// Why an operation was not done.
 #[derive(Debug, thiserror::Error)]
@@ -106,7 +84,7 @@ fn apply_run(tables: &Tables, run: &[MapOp]) -> Failures {
     macro_rules! put {
         ($table:ident, $variant:ident) => {
             put_run(&tables.$table, run, |op| match op {
-                MapOp::$variant(key, value) => Some((*key, *value)),
+                MapOp::$variant(key, value) => Some((Key::of(key), *value)),
                 _ => None,
             })
         };
@@ -114,7 +92,7 @@ fn apply_run(tables: &Tables, run: &[MapOp]) -> Failures {
     macro_rules! delete {
         ($table:ident, $variant:ident) => {
             delete_run(&tables.$table, run, |op| match op {
-                MapOp::$variant(key) => Some(*key),
+                MapOp::$variant(key) => Some(Key::of(key)),
                 _ => None,
             })
         };
@@ -131,6 +109,28 @@ fn apply_run(tables: &Tables, run: &[MapOp]) -> Failures {
         Some(MapOp::EndpointDelete(_)) => delete!(endpoints, EndpointDelete),
     }
 }
+
+/// A map's key from what an operation names.
+trait Key<T>: Layout {
+    fn of(named: &T) -> Self;
+}
+
+impl Key<u32> for BackendKey {
+    fn of(named: &u32) -> Self {
+        Self { id: *named }
+    }
+}
+
+macro_rules! named_by_key {
+    ($($key:ty),*) => {
+        $(impl Key<$key> for $key {
+            fn of(named: &$key) -> Self {
+                *named
+            }
+        })*
+    };
+}
+named_by_key!(ServiceKey, IpcacheKey, EndpointKey);
 
 /// Gathers a batch's worth of entries at a time: the buffers stay in the cache, whatever the list's length.
 fn put_run<K: Layout, V: Layout>(

@@ -31,13 +31,15 @@ use std::{
 use nix::fcntl::{Flock, FlockArg};
 
 pub use crate::{
-    apply::{ApplyReport, MapOp, OpError},
+    apply::{ApplyReport, OpError},
     links::{AttachError, Attached},
     map::{Map, MapError, MapOpenError},
     preflight::PreflightError,
     programs::{LoadError, PacketHook},
     tables::{Counter, Tables},
 };
+/// The planner's operations, which [`Datapath::apply`] carries out.
+pub use isthmus_mesh::MapOp;
 
 /// Where the datapath of one node lives.
 #[derive(Clone, Debug)]

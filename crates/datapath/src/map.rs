@@ -230,6 +230,20 @@ impl<K: Layout, V: Layout> Map<K, V> {
         )
     }
 
+    /// Writes all entries with a single call, or fails somewhere in the middle: for entries that are known to fit.
+    pub fn put_whole(&self, keys: &[K], values: &[V]) -> Result<(), MapError> {
+        assert_eq!(
+            keys.len(),
+            values.len(),
+            "one value for each key of {}",
+            self.name
+        );
+        match sys::map_update_batch(self.fd(), keys.as_bytes(), values.as_bytes(), keys.len()).error {
+            None => Ok(()),
+            Some(source) => Err(self.failed("BPF_MAP_UPDATE_BATCH")(source)),
+        }
+    }
+
     /// Removes entries; any may be absent.
     pub fn delete_batch(&self, keys: &[K]) -> Failures {
         self.in_batches(

@@ -387,7 +387,7 @@ pub enum LinkTarget {
 pub fn link_info(link: BorrowedFd<'_>) -> io::Result<(u32, LinkTarget)> {
     let info: RawLinkInfo = info(link)?;
     let target = match info.link_type {
-        LINK_TYPE_CGROUP => LinkTarget::Cgroup(u64::from(info.words[1]) << 32 | u64::from(info.words[0])),
+        LINK_TYPE_CGROUP => LinkTarget::Cgroup((u64::from(info.words[1]) << 32) | u64::from(info.words[0])),
         LINK_TYPE_TCX => LinkTarget::Device(info.words[0]),
         _ => LinkTarget::Other,
     };

@@ -75,6 +75,19 @@ impl Tables {
         })
     }
 
+    /// Maps without pins and programs, which go with this value: to measure and to try out.
+    pub fn create() -> Result<Self, MapOpenError> {
+        Ok(Self {
+            services: Map::create(&maps::SERVICES)?,
+            backends: Map::create(&maps::BACKENDS)?,
+            reverse_sk: Map::create(&maps::REVERSE_SK)?,
+            ipcache: Map::create(&maps::IPCACHE)?,
+            endpoints: Map::create(&maps::ENDPOINTS)?,
+            metrics: Map::create(&maps::METRICS)?,
+            config: Map::create(&maps::CONFIG)?,
+        })
+    }
+
     /// The node's configuration as the programs see it; all zero if it was never written.
     pub fn node_config(&self) -> Result<NodeConfig, MapError> {
         Ok(self.config.lookup(&CONFIG_INDEX)?.unwrap_or_default())

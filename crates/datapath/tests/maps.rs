@@ -42,13 +42,13 @@ fn every_kind_of_operation_is_applied_in_order() {
         };
         let prefix = IpcacheKey::ipv4([10, 2, 0, 0], 24);
         let ops = [
-            MapOp::BackendPut(BackendKey { id: 1 }, backend(1)),
-            MapOp::BackendPut(BackendKey { id: 2 }, backend(2)),
+            MapOp::BackendPut(1, backend(1)),
+            MapOp::BackendPut(2, backend(2)),
             MapOp::ServicePut(frontend.at_slot(1), ServiceValue::slot(1, 1)),
             MapOp::ServicePut(frontend, ServiceValue::frontend(1, 1, 0)),
             MapOp::IpcachePut(prefix, IpcacheValue::direct(2, 0)),
             MapOp::EndpointPut(pod, Endpoint::host(1)),
-            MapOp::BackendDelete(BackendKey { id: 2 }),
+            MapOp::BackendDelete(2),
             MapOp::EndpointDelete(pod),
             MapOp::EndpointDelete(pod),
             MapOp::ServicePut(frontend, ServiceValue::frontend(1, 0, 0)),
@@ -190,7 +190,7 @@ fn backends_stay_when_a_slot_could_not_be_written() {
         &tables,
         &[
             MapOp::ServicePut(frontend.at_slot(1), ServiceValue::slot(1, 2)),
-            MapOp::BackendDelete(BackendKey { id: 1 }),
+            MapOp::BackendDelete(1),
             MapOp::IpcachePut(IpcacheKey::ipv4([10, 2, 0, 0], 24), IpcacheValue::direct(2, 0)),
         ],
     );

@@ -8,9 +8,7 @@ use std::{
     time::Duration,
 };
 
-use isthmus_bpf_abi::{
-    Address, Backend, BackendKey, PROTO_TCP, PROTO_UDP, ServiceKey, ServiceValue, backend_state,
-};
+use isthmus_bpf_abi::{Address, Backend, PROTO_TCP, PROTO_UDP, ServiceKey, ServiceValue, backend_state};
 use isthmus_datapath::{Datapath, MapOp};
 
 use crate::lab::address;
@@ -21,7 +19,7 @@ pub fn service_ops(id: u32, vip: &str, proto: u8, backends: &[(u32, &str)]) -> V
     let frontend = ServiceKey::frontend(address(&vip.ip().to_string()), vip.port(), proto);
     let mut ops: Vec<MapOp> = backends
         .iter()
-        .map(|(id, socket)| MapOp::BackendPut(BackendKey { id: *id }, backend(socket, proto)))
+        .map(|(id, socket)| MapOp::BackendPut(*id, backend(socket, proto)))
         .collect();
     ops.extend(backends.iter().enumerate().map(|(index, (backend, _))| {
         MapOp::ServicePut(
