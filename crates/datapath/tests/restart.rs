@@ -8,14 +8,16 @@ use std::{
 };
 
 use aya::programs::{SchedClassifier, TcAttachType};
-use isthmus_datapath::{Attached, Datapath, DatapathConfig, PacketHook, links, pins, teardown};
+use isthmus_datapath::{
+    Attached, Datapath, DatapathConfig, PacketHook, links, pins, programs::Programs, teardown,
+};
 
 #[path = "support/lab.rs"]
 mod lab;
 #[path = "support/services.rs"]
 mod services;
 
-use lab::{Lab, ifindex, in_namespace, open_in, run, wait_for};
+use lab::{Lab, chain, ifindex, in_namespace, open_in, run, wait_for};
 use services::{connect, echo, put_service, serve};
 
 const VIP: &str = "10.96.0.10:80";
@@ -171,6 +173,44 @@ fn hooks_of_vanished_devices_go() {
     assert_eq!(attached(), []);
     assert_eq!(link_programs(&namespace, "pod1"), []);
     datapath.detach_endpoint(pod1).unwrap();
+}
+
+#[test]
+fn kernels_without_device_links_get_one_filter_that_is_replaced() {
+    let mut lab = Lab::new();
+    let (namespace, config) = node(&mut lab);
+    let pod = ifindex(&namespace, "pod1");
+    let filters = || {
+        let shown = run(&["tc", "-n", &namespace, "filter", "show", "dev", "pod1", "ingress"]);
+        shown.matches("direct-action").count()
+    };
+    let attach = || {
+        in_namespace(&namespace, || {
+            let programs = Programs::open_or_load(&config.bpf_root).unwrap();
+            let hook = PacketHook::FromContainer;
+            links::attach_packet_hook(&programs, &config.bpf_root, hook, pod, false)
+        })
+        .unwrap_or_else(|error| panic!("{}", chain(&error)))
+    };
+    drop(open_in(&namespace, &config));
+    assert_eq!(attach(), Attached::New);
+    assert_eq!(filters(), 1);
+    forget_programs(&config);
+    assert_eq!(attach(), Attached::Updated);
+    assert_eq!(filters(), 1);
+    assert_eq!(
+        links::attached_devices(&config.bpf_root, PacketHook::FromContainer).unwrap(),
+        [pod]
+    );
+    in_namespace(&namespace, || {
+        links::detach_packet_hook(&config.bpf_root, PacketHook::FromContainer, pod)
+    })
+    .unwrap();
+    assert_eq!(filters(), 0);
+    assert_eq!(
+        links::attached_devices(&config.bpf_root, PacketHook::FromContainer).unwrap(),
+        []
+    );
 }
 
 #[test]
