@@ -1,0 +1,85 @@
+//! A bounded ring of batches in revision order, and how far back it reaches.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use super::entry::Batch;
+
+/// How much history is kept. What is dropped counts as compacted.
+#[derive(Clone, Copy, Debug)]
+pub struct HistoryLimits {
+    /// Most batches.
+    pub len: usize,
+    /// Most bytes, counting keys, values and replaced values.
+    pub bytes: usize,
+}
+
+impl Default for HistoryLimits {
+    fn default() -> Self {
+        Self {
+            len: 100_000,
+            bytes: 64 * 1024 * 1024,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct History {
+    /// With the revision under which this ring orders them.
+    batches: VecDeque<(i64, Arc<Batch>)>,
+    bytes: usize,
+    /// Batches at this revision and before are gone: a watch can start after it.
+    floor: i64,
+    /// Content before this revision cannot be told any more.
+    content_floor: i64,
+}
+
+impl History {
+    /// Begins at `revision`: content is known there, and changes after it will be.
+    pub(super) fn new(revision: i64) -> Self {
+        Self {
+            batches: VecDeque::new(),
+            bytes: 0,
+            floor: revision,
+            content_floor: revision,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.batches.len()
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(super) fn floor(&self) -> i64 {
+        self.floor
+    }
+
+    pub(super) fn content_floor(&self) -> i64 {
+        self.content_floor
+    }
+
+    pub(super) fn forget_contents_before(&mut self, revision: i64) {
+        self.content_floor = self.content_floor.max(revision);
+    }
+
+    /// Appends a batch; `revision` is not below the last one's.
+    pub(super) fn push(&mut self, revision: i64, batch: Arc<Batch>, limits: HistoryLimits) {
+        self.bytes += batch.bytes();
+        self.batches.push_back((revision, batch));
+        while self.batches.len() > limits.len || (self.bytes > limits.bytes && !self.batches.is_empty()) {
+            if let Some((revision, batch)) = self.batches.pop_front() {
+                self.bytes -= batch.bytes();
+                self.floor = self.floor.max(revision);
+                self.content_floor = self.content_floor.max(revision);
+            }
+        }
+    }
+
+    /// Batches from `revision` on, oldest first.
+    pub(super) fn since(&self, revision: i64) -> impl Iterator<Item = &Arc<Batch>> {
+        let start = self.batches.partition_point(|(at, _)| *at < revision);
+        self.batches.range(start..).map(|(_, batch)| batch)
+    }
+}

@@ -1,0 +1,165 @@
+//! One source: its present content, its history, and its place in its own revisions.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use bytes::Bytes;
+
+use super::{
+    entry::{Changed, Entry, Revisions},
+    history::History,
+};
+
+/// A change of a source, in its own revisions.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum SourceChange {
+    /// The key has this value.
+    Put {
+        /// Key.
+        key: Bytes,
+        /// Value; is copied.
+        value: Bytes,
+        /// Revision of its creation.
+        create_revision: i64,
+        /// Revision of this value.
+        mod_revision: i64,
+        /// Writes since its creation.
+        version: i64,
+    },
+    /// The key is gone.
+    Delete {
+        /// Key.
+        key: Bytes,
+        /// Revision of the deletion.
+        mod_revision: i64,
+    },
+}
+
+impl SourceChange {
+    pub(super) fn mod_revision(&self) -> i64 {
+        match self {
+            Self::Put { mod_revision, .. } | Self::Delete { mod_revision, .. } => *mod_revision,
+        }
+    }
+}
+
+/// A list of a source, as the difference to what it held before.
+#[derive(Clone, Debug)]
+pub struct Relist {
+    /// The source's cluster ID.
+    pub cluster_id: u64,
+    /// Revision of the list.
+    pub revision: i64,
+    /// Revisions seen before do not compare with these.
+    pub new_history: bool,
+    /// Difference.
+    pub changes: Vec<SourceChange>,
+}
+
+#[derive(Debug)]
+pub(super) struct SubStore {
+    /// What answers carry. The source's ID, unless that one was used for an earlier history.
+    pub(super) cluster_id: u64,
+    pub(super) source_id: u64,
+    pub(super) revision: i64,
+    pub(super) listed: bool,
+    /// Merged revision at which this history began; a watch of an earlier one ends.
+    pub(super) epoch: i64,
+    pub(super) content: BTreeMap<Bytes, Arc<Entry>>,
+    pub(super) history: History,
+}
+
+impl SubStore {
+    pub(super) fn new(server_id: u64, epoch: i64) -> Self {
+        Self {
+            cluster_id: server_id,
+            source_id: server_id,
+            revision: 1,
+            listed: false,
+            epoch,
+            content: BTreeMap::new(),
+            history: History::new(1),
+        }
+    }
+
+    /// Changes the content and returns what really changed.
+    pub(super) fn replace(&mut self, changes: Vec<SourceChange>, merged_revision: i64) -> Vec<Changed> {
+        let mut changed = Vec::with_capacity(changes.len());
+        for change in changes {
+            match change {
+                SourceChange::Put {
+                    key,
+                    value,
+                    create_revision,
+                    mod_revision,
+                    version,
+                } => {
+                    let before = self.content.get(&key).cloned();
+                    let revisions = Revisions {
+                        create: create_revision,
+                        modified: mod_revision,
+                        version,
+                    };
+                    if before
+                        .as_ref()
+                        .is_some_and(|entry| entry.revisions == revisions && entry.value == value)
+                    {
+                        continue;
+                    }
+                    let merged_create = before
+                        .as_ref()
+                        .map_or(merged_revision, |entry| entry.merged_create);
+                    let entry = Arc::new(Entry::new(
+                        &key,
+                        &value,
+                        revisions,
+                        merged_create,
+                        merged_revision,
+                    ));
+                    // The old key must go too, or it would keep the old entry's bytes.
+                    self.content.remove(&key);
+                    self.content.insert(entry.key.clone(), entry.clone());
+                    changed.push((entry.key.clone(), Some(entry), before));
+                }
+                SourceChange::Delete { key, .. } => {
+                    if let Some((key, before)) = self.content.remove_entry(&key) {
+                        changed.push((key, None, Some(before)));
+                    }
+                }
+            }
+        }
+        changed
+    }
+
+    /// Begins another history. `spare_id` takes the place of an ID that stood for an earlier history here.
+    pub(super) fn begin_history(&mut self, source_id: u64, revision: i64, spare_id: u64, epoch: i64) {
+        let reused = self.listed && (self.source_id == source_id || self.cluster_id == source_id);
+        self.cluster_id = if reused { spare_id } else { source_id };
+        self.source_id = source_id;
+        self.revision = revision;
+        self.epoch = epoch;
+        self.history = History::new(revision);
+        // Keys whose new value was refused keep the old one, at a revision that exists.
+        let late: Vec<Arc<Entry>> = self
+            .content
+            .values()
+            .filter(|entry| entry.revisions.modified > revision)
+            .cloned()
+            .collect();
+        for entry in late {
+            let revisions = Revisions {
+                create: revision,
+                modified: revision,
+                version: 1,
+            };
+            let entry = Entry::new(
+                &entry.key,
+                &entry.value,
+                revisions,
+                entry.merged_create,
+                entry.merged_modified,
+            );
+            self.content.remove(&entry.key);
+            self.content.insert(entry.key.clone(), Arc::new(entry));
+        }
+    }
+}
