@@ -363,8 +363,14 @@ impl Run {
         let leaderless = self.role == Role::Unknown && self.leaderless_since.elapsed() >= HEARTBEAT_AFTER;
         if leaderless && term.is_none() {
             // Nothing changes while the Kubernetes API is away, but peers must see that this cluster's etcd is alive.
-            let stop = CancellationToken::new();
-            *term = Some(Term::start(&self.etcd, vec![], Phase::Heartbeat, stop));
+            // A writer counts as connected once a scope has answered; this one is small, and nothing in it is wanted or pruned.
+            let scopes = vec![keys::CLUSTER_CONFIG.to_owned()];
+            *term = Some(Term::start(
+                &self.etcd,
+                scopes,
+                Phase::Heartbeat,
+                CancellationToken::new(),
+            ));
         }
         for kind in Kind::ALL {
             self.metrics
