@@ -12,10 +12,6 @@ enum Isthmus {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .init();
     let Isthmus::Sandbox(args) = Isthmus::parse();
     run(args).await.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

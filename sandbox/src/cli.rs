@@ -11,6 +11,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
+use isthmus_runtime::telemetry::LogFormat;
 
 use crate::control::Action;
 use crate::plan::is_label;
@@ -254,7 +255,12 @@ pub async fn run(args: SandboxArgs) -> anyhow::Result<ExitCode> {
         }
         Command::Demo(args) => return demo_run::run(args, &root).await,
         Command::Workload { workload } => crate::workload::run(workload).await?,
-        Command::Supervise(name) => supervisor::run(&root, &name.name).await?,
+        Command::Supervise(name) => {
+            // Whoever embeds this command may have set logging up already, which is as good.
+            let level = std::env::var("ISTHMUS_LOG_LEVEL").unwrap_or_else(|_| "info".into());
+            let _ = isthmus_runtime::telemetry::init(LogFormat::Text, &level);
+            supervisor::run(&root, &name.name).await?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use anyhow::Context;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
@@ -166,6 +167,31 @@ impl SandboxClient {
         let mut command = crate::cgroup::enter(&handle.cgroup, Some(&handle.netns));
         command.envs(handle.env);
         Ok(command)
+    }
+
+    /// A command that runs on a node, in its network namespace and below its cgroup: add the program and its
+    /// arguments with `arg`.
+    pub fn node_command(&self, node: &str) -> anyhow::Result<tokio::process::Command> {
+        let plan = self.plan.nodes().find(|plan| plan.name == node);
+        let plan = plan.with_context(|| format!("there is no node `{node}`"))?;
+        let group = self.plan.node_cgroup(node).join("exec");
+        std::fs::create_dir_all(&group).with_context(|| format!("cannot make {}", group.display()))?;
+        Ok(crate::cgroup::enter(
+            &group,
+            Some(&crate::netns::path(&plan.netns)),
+        ))
+    }
+
+    /// A client of a cluster's Kubernetes API.
+    pub fn kube(&self, cluster: &str) -> anyhow::Result<kube::Client> {
+        let plan = self
+            .plan
+            .cluster(cluster)
+            .with_context(|| format!("there is no cluster `{cluster}`"))?;
+        let url = format!("http://{}", plan.kube_api())
+            .parse()
+            .context("the API's URL")?;
+        Ok(kube::Client::try_from(kube::Config::new(url))?)
     }
 
     /// The log of a component (`east-1/agent`).

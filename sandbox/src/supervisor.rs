@@ -33,6 +33,10 @@ use crate::{cgroup, netns, pki, registry};
 
 /// How long each step of the start may take before it counts as failed.
 const STEP_PATIENCE: Duration = Duration::from_secs(60);
+/// A component that ended so often while the sandbox is being built is not going to run.
+const START_RESTARTS_MAX: u32 = 6;
+/// How much of a component's log is shown when it does not become ready.
+const LOG_LINES: usize = 15;
 /// How often readiness is looked at while somebody waits for it.
 const READY_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -208,11 +212,19 @@ impl Supervisor {
     async fn wait_for(&self, component: &Component) -> anyhow::Result<()> {
         let (start, name) = (Instant::now(), &component.plan().name);
         while !component.is_ready().await {
+            let log = || log_end(&component.plan().log);
             if start.elapsed() > STEP_PATIENCE {
-                let log = component.plan().log.display();
                 bail!(
-                    "{name} is not ready after {} s; its log is {log}",
-                    STEP_PATIENCE.as_secs()
+                    "{name} is not ready after {} s; its log ends with:\n{}",
+                    STEP_PATIENCE.as_secs(),
+                    log()
+                );
+            }
+            if component.restarts() >= START_RESTARTS_MAX {
+                bail!(
+                    "{name} has ended {} times; its log ends with:\n{}",
+                    component.restarts(),
+                    log()
                 );
             }
             tokio::time::sleep(READY_INTERVAL).await;
@@ -414,4 +426,15 @@ impl Supervisor {
             components,
         }
     }
+}
+
+/// The last lines of a log, indented.
+fn log_end(path: &Path) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    let end = &lines[lines.len().saturating_sub(LOG_LINES)..];
+    end.iter()
+        .map(|line| format!("  {line}"))
+        .collect::<Vec<_>>()
+        .join("\n")
 }

@@ -3,6 +3,8 @@
 //! Needs root and etcd. The CNI plugin is a stand-in (a shell script), Isthmus' own components do not run. This
 //! program is also the sandbox's supervisor (`sandbox supervise`) and the server that runs in the pods (`serve`).
 
+#![expect(clippy::unwrap_used, reason = "a test without the harness: a panic is its failure")]
+
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
@@ -15,8 +17,8 @@ use futures::StreamExt;
 use isthmus_sandbox::cli::{SandboxArgs, run};
 use isthmus_sandbox::{SandboxClient, cgroup, netns, teardown};
 use k8s_openapi::api::core::v1::{Node, Pod, PodCondition};
+use kube::Client;
 use kube::api::{Api, DeleteParams, LogParams, PostParams, WatchEvent, WatchParams};
-use kube::{Client, Config};
 use serde_json::{Value, json};
 
 #[derive(Parser)]
@@ -37,16 +39,10 @@ fn main() -> ExitCode {
         _ => return runtime().block_on(test()),
     }
     match Program::parse() {
-        Program::Sandbox(args) => {
-            tracing_subscriber::fmt()
-                .with_writer(std::io::stderr)
-                .with_ansi(false)
-                .init();
-            runtime().block_on(run(args)).unwrap_or_else(|error| {
-                eprintln!("error: {error:#}");
-                ExitCode::FAILURE
-            })
-        }
+        Program::Sandbox(args) => runtime().block_on(run(args)).unwrap_or_else(|error| {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }),
         Program::Serve { port, flag } => serve(port, &flag),
     }
 }
@@ -147,13 +143,10 @@ async fn up(directory: &Path, root: PathBuf, name: String) -> Lab {
         .unwrap();
     assert!(status.success());
     let sandbox = SandboxClient::open_in(&root, &name).unwrap();
-    let url = format!("http://{}", sandbox.plan().clusters[0].kube_api())
-        .parse()
-        .unwrap();
     Lab {
         root,
         name,
-        client: Client::try_from(Config::new(url)).unwrap(),
+        client: sandbox.kube("east").unwrap(),
         sandbox,
     }
 }

@@ -83,6 +83,11 @@ impl Component {
         self.seen.borrow().state == ComponentState::Stopped
     }
 
+    /// How often it was started again after it had ended by itself.
+    pub fn restarts(&self) -> u32 {
+        self.seen.borrow().restarts
+    }
+
     /// Does `action` and returns when it is done.
     pub async fn act(&self, action: Action) -> anyhow::Result<()> {
         let (reply, answer) = oneshot::channel();
