@@ -24,6 +24,7 @@ mod discovery;
 mod openapi;
 mod path;
 mod pods;
+mod protobuf;
 mod query;
 mod resources;
 mod scale;
@@ -86,7 +87,7 @@ struct Call {
 }
 
 impl Call {
-    /// The body as an object: JSON or YAML.
+    /// The body as an object: JSON, YAML or protobuf.
     fn object(&self) -> Result<Value, ApiError> {
         parse_body(&self.content_type, &self.body)
     }
@@ -103,11 +104,8 @@ impl Call {
 
 fn parse_body(content_type: &str, body: &[u8]) -> Result<Value, ApiError> {
     let kind = content_type.split(';').next().unwrap_or("").trim();
-    if kind.contains("protobuf") {
-        return Err(ApiError::unsupported_media(
-            kind,
-            "application/json, application/yaml",
-        ));
+    if kind == "application/vnd.kubernetes.protobuf" {
+        return protobuf::decode(body);
     }
     if kind.ends_with("yaml") {
         return serde_yaml_ng::from_slice(body)

@@ -201,7 +201,11 @@ impl KubeApi {
                 "PatchOptions.meta.k8s.io \"\" is invalid: fieldManager: Required value: is required for apply patch",
             ));
         };
-        let config = kind.to_stored(config);
+        let mut config = kind.to_stored(config);
+        if kind.custom.is_none() {
+            // As the stored object has them, so that 1 and "1" are the same cpu.
+            rules::defaults::numbers_to_quantities(&mut config);
+        }
         // Types and unknown fields are checked on what the client sent; defaults of required lists must not count.
         rules::check_shape(kind, config.clone(), options.strict)?;
         let cursor = Cursor::root(kind);

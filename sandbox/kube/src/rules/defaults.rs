@@ -49,6 +49,7 @@ pub fn fill(kind: &Kind, object: &mut Value, old: Option<&Value>) {
             set(meta::map_mut(object, "status"), "loadBalancer", json!({}));
         }
         "nodes" if old.is_none() => {
+            meta::map_mut(object, "spec");
             let name = meta::name(object).to_owned();
             let labels = meta::map_mut(meta::map_mut_value(object, "metadata"), "labels");
             set(labels, "kubernetes.io/hostname", json!(name));
