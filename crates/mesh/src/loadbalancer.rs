@@ -1,6 +1,6 @@
 //! Merges the services of all clusters into frontends and their backends, and plans the map writes for what changed.
 //!
-//! In: frames and slices of every cluster, which clusters answer, which sources are listed in full. Out: [`Plan`]s.
+//! In: frames and slices of every cluster, which clusters answer, which sources are listed in full. Out: [plans](crate::Plan).
 //! A change touches one service: its tables ([`record`]), its backend groups ([`group`]), the selection by affinity
 //! ([`select`]). Frontends and their numbers are in [`frontend`], operations in [`drain`], restart in [`restore`].
 //!
@@ -23,7 +23,7 @@ mod view;
 use std::collections::BTreeMap;
 
 use hashbrown::{DefaultHashBuilder, HashMap};
-use isthmus_bpf_abi::{Address, maps, service_flag};
+use isthmus_bpf_abi::{Address, ServiceKey, maps, service_flag};
 use isthmus_model::{ClusterId, ClusterName, ServiceFrame, ServiceName, Slice};
 
 pub use self::{
@@ -37,7 +37,7 @@ use self::{
     select::Class,
 };
 use crate::{
-    IdAllocator, Plan,
+    IdAllocator,
     slab::Slab,
     source::{Source, SourceTable, Sync},
 };
@@ -67,9 +67,9 @@ pub struct LoadBalancer {
     /// Frontends that nobody claims any more, still in the map.
     unclaimed: Vec<u32>,
     /// Restored backends that no slot names, by what they are, until a group needs them.
-    loose: HashMap<(Address, u16, u8), u32>,
-    /// Leading operations of the next plan: what no lookup can reach.
-    debris: Plan,
+    loose: HashMap<(Address, u16, u8), Vec<u32>>,
+    /// Restored keys that no lookup can reach, or that we did not write: to be deleted by the next drain.
+    debris: Vec<ServiceKey>,
     /// Numbers to delete from the backend map, each with its failure domain.
     spare: Vec<(u32, u32)>,
 }
@@ -94,7 +94,7 @@ impl LoadBalancer {
             queue: Vec::new(),
             unclaimed: Vec::new(),
             loose: HashMap::new(),
-            debris: Plan::default(),
+            debris: Vec::new(),
             spare: Vec::new(),
         }
     }

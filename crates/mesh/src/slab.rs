@@ -33,10 +33,6 @@ impl<T> Slab<T> {
         self.entries.get(at as usize)?.as_ref()
     }
 
-    pub(crate) fn get_mut(&mut self, at: u32) -> Option<&mut T> {
-        self.entries.get_mut(at as usize)?.as_mut()
-    }
-
     /// Numbers in use, ascending.
     pub(crate) fn keys(&self) -> impl Iterator<Item = u32> + '_ {
         self.iter().map(|(at, _)| at)

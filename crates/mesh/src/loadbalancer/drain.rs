@@ -3,9 +3,10 @@
 //! Order within a plan, over all groups: backends, slots, frontends (their count), slots past the count, orphaned
 //! backends. So whatever prefix is applied: a slot below the count names a backend that is there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use isthmus_bpf_abi::{Backend, ServiceKey, ServiceValue};
+use hashbrown::HashMap;
+use isthmus_bpf_abi::{Address, Backend, ServiceKey, ServiceValue};
 
 use super::{LoadBalancer, group::Context};
 use crate::{LbDump, MapOp, Plan};
@@ -23,11 +24,39 @@ struct Phases {
     freed_services: Vec<u32>,
 }
 
+impl Phases {
+    /// Deletes keys, except those that this very plan writes.
+    fn clean_up(&mut self, debris: Vec<ServiceKey>) {
+        if debris.is_empty() {
+            return;
+        }
+        let put = |op: &MapOp| match op {
+            MapOp::ServicePut(key, _) => Some(*key),
+            _ => None,
+        };
+        let written: BTreeSet<ServiceKey> = self
+            .slots
+            .ops
+            .iter()
+            .chain(&self.frontends.ops)
+            .filter_map(put)
+            .collect();
+        for key in debris.into_iter().filter(|key| !written.contains(key)) {
+            let phase = if key.slot == 0 {
+                &mut self.frontends
+            } else {
+                &mut self.past_count
+            };
+            phase.push(MapOp::ServiceDelete(key), 0);
+        }
+    }
+}
+
 impl LoadBalancer {
     /// The operations for everything that changed since the last drain.
     pub fn drain(&mut self) -> Plan {
         let mut phases = Phases::default();
-        let mut plan = std::mem::take(&mut self.debris);
+        let mut plan = Plan::default();
         let mut starved = Vec::new();
         for number in std::mem::take(&mut self.queue) {
             self.groups[number].queued = false;
@@ -46,6 +75,8 @@ impl LoadBalancer {
         for (id, domain) in std::mem::take(&mut self.spare) {
             orphan(vec![id], domain, &mut phases);
         }
+        let debris = std::mem::take(&mut self.debris);
+        phases.clean_up(debris);
         for id in std::mem::take(&mut phases.freed_backends) {
             self.backend_ids.release(id);
         }
@@ -93,7 +124,7 @@ impl LoadBalancer {
         let group = &mut groups[number];
         let protocol = group.port.protocol.number();
         let delta = group.settle(context, backend_ids, |address, port| {
-            loose.remove(&(*address, port, protocol))
+            take_loose(loose, (*address, port, protocol))
         });
         let domain = group.domain;
         for (id, backend) in delta.written {
@@ -198,11 +229,21 @@ impl LoadBalancer {
     /// Restored backends that no slot named, and that no source has named yet, are left alone.
     pub fn audit(&self, actual: &LbDump) -> Plan {
         let mut desired = self.desired();
-        let loose: BTreeMap<u32, ()> = self.loose.values().map(|id| (*id, ())).collect();
-        let kept = actual.backends.iter().filter(|(id, _)| loose.contains_key(id));
+        let loose: BTreeSet<u32> = self.loose.values().flatten().copied().collect();
+        let kept = actual.backends.iter().filter(|(id, _)| loose.contains(id));
         desired.backends.extend(kept.copied());
         plan_maps(actual, &desired)
     }
+}
+
+/// The lowest number that an earlier agent gave to this backend, if one is left over.
+fn take_loose(loose: &mut HashMap<(Address, u16, u8), Vec<u32>>, what: (Address, u16, u8)) -> Option<u32> {
+    let ids = loose.get_mut(&what)?;
+    let id = ids.pop();
+    if ids.is_empty() {
+        loose.remove(&what);
+    }
+    id
 }
 
 fn orphan(ids: Vec<u32>, domain: u32, phases: &mut Phases) {

@@ -184,7 +184,14 @@ impl LoadBalancer {
             hasher: &self.hasher,
         };
         let into = &mut self.groups[group];
+        let before = into.slots.len();
         let (spare, exact) = into.absorb(context, &mut from);
+        if into.slots.len() != before {
+            // Slots that came along are in place for the frontends that came along, and for no other.
+            for &number in &into.frontends {
+                self.frontends[number].fresh = true;
+            }
+        }
         let domain = into.domain;
         self.spare.extend(spare.into_iter().map(|id| (id, domain)));
         for number in from.frontends {
@@ -266,7 +273,7 @@ impl LoadBalancer {
             self.drop_stale_ghosts(number);
         }
         if self.sync.all_complete() {
-            let mut loose: Vec<u32> = self.loose.drain().map(|(_, id)| id).collect();
+            let mut loose: Vec<u32> = self.loose.drain().flat_map(|(_, ids)| ids).collect();
             loose.sort_unstable();
             self.spare.extend(loose.into_iter().map(|id| (id, 0)));
         }

@@ -271,9 +271,9 @@ impl Pools {
                 hostname: self.texts.acquire(&endpoint.hostname),
                 weight: endpoint.weight,
                 zone,
-                conditions: u8::from(endpoint.ready) * READY
-                    | u8::from(endpoint.serving) * SERVING
-                    | u8::from(endpoint.terminating) * TERMINATING,
+                conditions: if endpoint.ready { READY } else { 0 }
+                    | if endpoint.serving { SERVING } else { 0 }
+                    | if endpoint.terminating { TERMINATING } else { 0 },
             });
         }
         // Stable: of two alike, the first one named stays.

@@ -19,7 +19,7 @@ use super::{
     group::{Context, Group},
     record::GroupPort,
 };
-use crate::{Family, LbDump, MapOp};
+use crate::{Family, LbDump};
 
 /// Port name of a group that no service has: no text has this number.
 const NO_NAME: u32 = u32::MAX;
@@ -49,17 +49,15 @@ impl LoadBalancer {
                 self.restore_frontend(*key, value, &services, &backends, &mut owner, &mut by_slots);
             }
         }
-        let unreachable: Vec<ServiceKey> = services.into_keys().filter(|key| !self.reaches(key)).collect();
-        for key in unreachable {
-            self.debris.push(MapOp::ServiceDelete(key), 0);
-        }
-        for (id, backend) in backends.iter().filter(|(id, _)| !owner.contains_key(*id)) {
+        self.debris = services.into_keys().filter(|key| !self.reaches(key)).collect();
+        // Descending, so that the lowest number of a backend is taken first.
+        for (id, backend) in backends.iter().rev().filter(|(id, _)| !owner.contains_key(*id)) {
             let what = (backend.address, u16::from_be_bytes(backend.port), backend.proto);
             let usable = self.backend_ids.is_live(*id) && backend.pad == 0;
-            if !usable || self.loose.contains_key(&what) {
-                self.spare.push((*id, 0));
+            if usable {
+                self.loose.entry(what).or_default().push(*id);
             } else {
-                self.loose.insert(what, *id);
+                self.spare.push((*id, 0));
             }
         }
         self.backend_ids.start_after_live();

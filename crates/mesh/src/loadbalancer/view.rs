@@ -200,7 +200,7 @@ impl LoadBalancer {
             .iter()
             .flat_map(|number| self.frontend_view(at, *number))
             .collect();
-        frontends.sort_by(|a, b| (a.address, a.port, a.protocol).cmp(&(b.address, b.port, b.protocol)));
+        frontends.sort_by_key(|frontend| (frontend.address, frontend.port, frontend.protocol));
         let mut backends = Vec::new();
         for part in &service.parts {
             for slice in &part.slices {
