@@ -1,0 +1,647 @@
+//! The loop around the state: takes in what happens, drains plans, has them applied, and answers questions.
+//!
+//!     upstream updates, endpoints, probe verdicts  ->  State  ->  Plan  ->  Reconciler  ->  batch  ->  datapath thread
+//!                                                        ^                      ^______ results ______|
+//!     questions of the API, once a second: health, metrics
+//!
+//! One task owns the state, so nothing is locked. It never waits for the kernel: one batch at a time is applied on a
+//! blocking thread, while events go on to be taken in and coalesce in the state; what arrived meanwhile is the next round.
+//! No timer is on the way from an event to the map.
+//!
+//! Bounds: a batch has at most [`BATCH_MAX`] operations, a round at most [`IPCACHE_ROUND_MAX`] of the ipcache's, so that a
+//! service's change waits for one batch or so even while a large cluster is being read; queues are bounded, and a full one
+//! holds its sender back.
+
+use std::{
+    collections::BTreeSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use isthmus_bpf_abi::EndpointKey;
+use isthmus_datapath::{ApplyReport, Datapath, MapError, OpError};
+use isthmus_kvstore::{Change, Feed, Feeds, Update};
+use isthmus_mesh::{LbDump, MapOp, Reconciler, op::Object, reconcile::RetryConfig};
+use isthmus_model::ClusterId;
+use isthmus_runtime::{CancellationToken, Health};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+};
+
+use crate::{
+    endpoints::keeper::{EndpointList, Network, chain},
+    metrics::{AgentMetrics, MapLabel, MapOpLabels, OutcomeLabel},
+    network::RemoteCidrs,
+    node::LocalNode,
+    prober::{ProbeTargets, Verdicts},
+    state::{Event, FeedChange, MapDump, Notice},
+    status::{self, Facts},
+};
+
+/// Most operations of one call to the datapath: some milliseconds.
+const BATCH_MAX: usize = 4096;
+/// Most ipcache operations of one round.
+const IPCACHE_ROUND_MAX: usize = 8192;
+/// Most updates that are taken in before the next plan.
+const UPDATES_MAX: usize = 256;
+/// Least time between two looks for what is due again.
+const RETRY_SPACING: Duration = Duration::from_millis(50);
+/// Questions that wait at most.
+pub const QUESTIONS_MAX: usize = 64;
+
+type Question = Box<dyn FnOnce(&Facts, Duration) + Send>;
+
+/// Asks the loop.
+#[derive(Clone, Debug)]
+pub struct Handle(mpsc::Sender<Question>);
+
+impl Handle {
+    /// A handle, and the end that goes into [`Inputs`].
+    pub fn new() -> (Self, mpsc::Receiver<Question>) {
+        let (sender, receiver) = mpsc::channel(QUESTIONS_MAX);
+        (Self(sender), receiver)
+    }
+
+    /// Runs `look` on what is known now, and the time since the start. `None`: the agent is stopping.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Facts, Duration) -> T + Send + 'static,
+    ) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        let question: Question = Box::new(move |facts, now| {
+            // Who asked may have gone.
+            let _ = reply.send(look(facts, now));
+        });
+        self.0.send(question).await.ok()?;
+        answer.await.ok()
+    }
+}
+
+/// What the loop listens to.
+pub struct Inputs {
+    /// The upstream.
+    pub updates: mpsc::Receiver<Update>,
+    /// Local endpoints.
+    pub endpoints: mpsc::Receiver<(EndpointList, oneshot::Sender<()>)>,
+    /// Questions.
+    pub questions: mpsc::Receiver<Question>,
+    /// Devices and routes.
+    pub network: watch::Receiver<Network>,
+    /// Probes.
+    pub verdicts: watch::Receiver<Verdicts>,
+}
+
+/// Who hears from the loop.
+pub struct Outputs {
+    /// What to follow.
+    pub feeds: Feeds,
+    /// This node.
+    pub node: watch::Sender<Result<LocalNode, String>>,
+    /// Other nodes' pod CIDRs.
+    pub cidrs: watch::Sender<Arc<RemoteCidrs>>,
+    /// Whom to probe.
+    pub targets: watch::Sender<ProbeTargets>,
+    /// Readiness.
+    pub health: Health,
+    /// Metrics.
+    pub metrics: AgentMetrics,
+}
+
+struct Applied {
+    ops: Vec<MapOp>,
+    report: ApplyReport,
+    took: Duration,
+}
+
+/// The loop's own state.
+pub struct Rounds {
+    facts: Facts,
+    datapath: Arc<Datapath>,
+    outputs: Outputs,
+    started: Instant,
+    reconciler: Reconciler,
+    revision: u64,
+    batch: Option<JoinHandle<Applied>>,
+    round_open: bool,
+    /// When the first event came that the open round, or the next one, answers.
+    round_since: Option<Instant>,
+    next_since: Option<Instant>,
+    /// Full pass under way, and what rounds wrote meanwhile.
+    compare: Option<JoinHandle<Result<MapDump, MapError>>>,
+    written: BTreeSet<Object>,
+    /// Calls that wait until the endpoints map is written, with the round that does it.
+    waiting: Vec<(u64, oneshot::Sender<()>)>,
+    endpoints_dirty: bool,
+    failed_endpoints: BTreeSet<EndpointKey>,
+    unhealthy: BTreeSet<ClusterId>,
+    counters: crate::housekeeping::Counters,
+    retried_at: Duration,
+}
+
+impl Rounds {
+    /// Begins with what the maps hold.
+    pub fn new(facts: Facts, datapath: Arc<Datapath>, outputs: Outputs, started: Instant) -> Self {
+        Self {
+            facts,
+            datapath,
+            outputs,
+            reconciler: Reconciler::new(
+                RetryConfig {
+                    full_pass_interval: Duration::from_secs(180),
+                    ..RetryConfig::default()
+                },
+                started.elapsed(),
+            ),
+            started,
+            revision: 0,
+            batch: None,
+            round_open: false,
+            round_since: None,
+            next_since: None,
+            compare: None,
+            written: BTreeSet::new(),
+            waiting: vec![],
+            endpoints_dirty: false,
+            failed_endpoints: BTreeSet::new(),
+            unhealthy: BTreeSet::new(),
+            counters: Default::default(),
+            retried_at: Duration::ZERO,
+        }
+    }
+
+    /// Works until `shutdown`. What is being applied then is finished; nothing is removed.
+    pub async fn run(mut self, mut inputs: Inputs, shutdown: CancellationToken) -> anyhow::Result<()> {
+        let first = self.facts.state.first_feeds();
+        self.change_feeds(first);
+        let mut second = tokio::time::interval(Duration::from_secs(1));
+        second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            self.advance();
+            let wake = tokio::time::Instant::from_std(self.started + self.wake_at());
+            tokio::select! {
+                () = shutdown.cancelled() => break,
+                applied = finished(&mut self.batch) => self.on_applied(applied?),
+                dump = finished(&mut self.compare) => self.on_dump(dump?),
+                update = inputs.updates.recv() => match update {
+                    None => break,
+                    Some(update) => {
+                        self.on_update(update);
+                        for _ in 1..UPDATES_MAX {
+                            let Ok(update) = inputs.updates.try_recv() else { break };
+                            self.on_update(update);
+                        }
+                    }
+                },
+                message = inputs.endpoints.recv() => match message {
+                    None => break,
+                    Some((list, done)) => {
+                        self.on(Event::Endpoints(list));
+                        self.endpoints_dirty = true;
+                        // The next round to begin writes it; a round that is open now does not.
+                        self.waiting.push((self.revision + 1, done));
+                    }
+                },
+                question = inputs.questions.recv() => match question {
+                    None => break,
+                    Some(question) => question(&self.facts, self.started.elapsed()),
+                },
+                changed = inputs.network.changed() => {
+                    if changed.is_err() { break }
+                    self.facts.network = inputs.network.borrow_and_update().clone();
+                }
+                changed = inputs.verdicts.changed() => {
+                    if changed.is_err() { break }
+                    let verdicts = inputs.verdicts.borrow_and_update().clone();
+                    self.on_verdicts(verdicts);
+                }
+                _ = second.tick() => self.every_second(),
+                () = tokio::time::sleep_until(wake), if self.batch.is_none() && self.compare.is_none() => {}
+            }
+        }
+        if let Some(batch) = self.batch.take() {
+            batch.await?;
+        }
+        Ok(())
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// When to look for retries or a full pass. A full pass that is due but waits for retries must not keep the loop busy.
+    fn wake_at(&self) -> Duration {
+        self.reconciler.wake_at().max(self.retried_at + RETRY_SPACING)
+    }
+
+    // === events in ===
+
+    fn on(&mut self, event: Event<'_>) {
+        let before = self.facts.state.has_changes();
+        let changes = self.facts.state.on(event);
+        if !before && self.facts.state.has_changes() {
+            self.next_since = Some(Instant::now());
+        }
+        self.change_feeds(changes);
+    }
+
+    fn change_feeds(&self, changes: Vec<FeedChange>) {
+        for change in changes {
+            match change {
+                FeedChange::Add {
+                    name,
+                    prefix,
+                    value_len_max,
+                } => {
+                    let feed = Feed::prefix(&prefix, value_len_max);
+                    self.outputs.feeds.add(Feed { name, ..feed });
+                }
+                FeedChange::Remove(name) => self.outputs.feeds.remove(&name),
+            }
+        }
+    }
+
+    fn on_update(&mut self, update: Update) {
+        let now = self.now();
+        let upstream = &mut self.facts.upstream;
+        if !matches!(update, Update::Disconnected { .. }) {
+            upstream.heard_at = Some(now);
+        }
+        match update {
+            Update::Connected { client } => {
+                upstream.connected = true;
+                upstream.changed_at = now;
+                upstream.endpoint = client.endpoint().to_string();
+                tracing::info!(
+                    endpoint = upstream.endpoint,
+                    "connected to the clustermesh-apiserver"
+                );
+            }
+            Update::Disconnected { error } => {
+                upstream.failures += 1;
+                self.outputs.metrics.upstream_failures.inc();
+                if upstream.connected || upstream.failures == 1 {
+                    tracing::warn!(
+                        error,
+                        "no connection to the clustermesh-apiserver; working on what is known"
+                    );
+                }
+                if upstream.connected {
+                    upstream.connected = false;
+                    upstream.changed_at = now;
+                }
+                upstream.error = error;
+            }
+            Update::Failed { feed, error } => {
+                if upstream
+                    .refused_feed
+                    .as_ref()
+                    .is_none_or(|(known, _)| **known != *feed)
+                {
+                    tracing::warn!(feed = &*feed, error, "the clustermesh-apiserver refuses a feed");
+                }
+                upstream.refused_feed = Some((feed.to_string(), error));
+            }
+            Update::Listing { .. } | Update::Listed { .. } => {}
+            Update::Synced { feed, .. } => {
+                if upstream
+                    .refused_feed
+                    .as_ref()
+                    .is_some_and(|(refused, _)| **refused == *feed)
+                {
+                    upstream.refused_feed = None;
+                }
+                self.on(Event::Synced { feed: &feed });
+            }
+            Update::Changes { feed, changes, .. } => {
+                let feed = &*feed;
+                for change in &changes {
+                    match change {
+                        Change::Put { key, value, .. } => self.on(Event::Put { feed, key, value }),
+                        Change::Delete { key, .. } => self.on(Event::Delete { feed, key }),
+                        Change::Refused { key, len, .. } => {
+                            self.on(Event::Oversized { feed, key, len: *len })
+                        }
+                    }
+                }
+                let beats = self.facts.state.heartbeats();
+                if beats != self.counters.heartbeats {
+                    self.counters.heartbeats = beats;
+                    self.facts.upstream.heartbeat_at = Some(now);
+                }
+            }
+        }
+        self.tell();
+    }
+
+    /// Hands on what others wait for, if it changed.
+    fn tell(&mut self) {
+        for notice in self.facts.state.take_notices() {
+            match notice {
+                Notice::Refused {
+                    cluster,
+                    key,
+                    reason,
+                    why,
+                } => {
+                    tracing::warn!(%cluster, key, reason, why, "object refused; what was known of it stays");
+                }
+                Notice::Joined(cluster, id) => tracing::info!(%cluster, %id, "cluster is part of the mesh"),
+                Notice::Left(cluster, id) => {
+                    tracing::info!(%cluster, %id, "cluster left the mesh; it is drained")
+                }
+            }
+        }
+        let Some(cidrs) = self.facts.state.take_routes() else {
+            return;
+        };
+        // Whatever changes a route may also have changed nodes.
+        self.outputs.cidrs.send_if_modified(|before| {
+            let changed = **before != cidrs;
+            if changed {
+                *before = Arc::new(cidrs);
+            }
+            changed
+        });
+        let node = match self.facts.state.local().node() {
+            Some(Ok(node)) => Ok(node.clone()),
+            Some(Err(error)) => Err(error.to_string()),
+            None => Err(format!(
+                "waiting for the operator to publish node {:?} of cluster {}",
+                self.facts.state.identity().node,
+                self.facts.state.identity().cluster
+            )),
+        };
+        self.outputs.node.send_if_modified(|before| {
+            let changed = *before != node;
+            if changed {
+                *before = node;
+            }
+            changed
+        });
+        let targets = self.facts.state.probe_targets();
+        let targets: ProbeTargets = targets
+            .into_iter()
+            .map(|(key, address)| {
+                let tunnel_endpoint = self.facts.state.tunnel_endpoint(&key);
+                (key, (address, tunnel_endpoint))
+            })
+            .collect();
+        self.outputs.targets.send_if_modified(|before| {
+            let changed = *before != targets;
+            if changed {
+                *before = targets;
+            }
+            changed
+        });
+    }
+
+    fn on_verdicts(&mut self, verdicts: Verdicts) {
+        let unhealthy = crate::prober::unhealthy_clusters(&self.facts.state, &verdicts);
+        let changed: Vec<ClusterId> = unhealthy.symmetric_difference(&self.unhealthy).copied().collect();
+        for id in changed {
+            let healthy = !unhealthy.contains(&id);
+            tracing::warn!(cluster_id = %id, healthy, "reachability of a remote cluster's nodes changed");
+            self.on(Event::ClusterHealth(id, healthy));
+        }
+        self.unhealthy = unhealthy;
+        self.facts.probes = Some(verdicts.to_vec());
+    }
+
+    // === rounds out ===
+
+    /// Starts the next batch, round or full pass, if nothing is being applied.
+    fn advance(&mut self) {
+        if self.batch.is_some() {
+            return;
+        }
+        loop {
+            if let Some(ops) = self.reconciler.next_batch(BATCH_MAX) {
+                self.apply(ops);
+                return;
+            }
+            if self.round_open {
+                self.end_round();
+            }
+            let now = self.now();
+            let due = now >= self.wake_at() && !self.reconciler.full_pass_due(now);
+            if due {
+                self.retried_at = now;
+            }
+            if self.facts.state.has_changes() || self.endpoints_dirty || due {
+                self.begin_round(now);
+                continue;
+            }
+            if self.reconciler.full_pass_due(now) && self.compare.is_none() {
+                self.written.clear();
+                let datapath = Arc::clone(&self.datapath);
+                self.compare = Some(tokio::task::spawn_blocking(move || dump(&datapath)));
+            }
+            return;
+        }
+    }
+
+    fn begin_round(&mut self, now: Duration) {
+        let plan = self.facts.state.drain(IPCACHE_ROUND_MAX);
+        self.endpoints_dirty = false;
+        self.revision += 1;
+        self.round_since = self.next_since.take();
+        if self.facts.state.has_changes() {
+            self.next_since = Some(Instant::now());
+        }
+        if self.compare.is_some() {
+            self.written.extend(plan.ops.iter().map(MapOp::object));
+        }
+        self.reconciler.begin(now, plan, self.revision);
+        self.round_open = true;
+    }
+
+    fn apply(&mut self, ops: Vec<MapOp>) {
+        if self.compare.is_some() {
+            self.written.extend(ops.iter().map(MapOp::object));
+        }
+        let datapath = Arc::clone(&self.datapath);
+        self.batch = Some(tokio::task::spawn_blocking(move || {
+            let began = Instant::now();
+            let report = datapath.apply(&ops);
+            Applied {
+                ops,
+                report,
+                took: began.elapsed(),
+            }
+        }));
+    }
+
+    fn on_applied(&mut self, applied: Applied) {
+        let metrics = &self.outputs.metrics;
+        metrics.round_seconds.observe(applied.took.as_secs_f64());
+        let results: Vec<Result<(), String>> = (0..applied.ops.len())
+            .map(|index| match applied.report.error(index) {
+                None => Ok(()),
+                Some(error) => Err(chain(error)),
+            })
+            .collect();
+        for (index, op) in applied.ops.iter().enumerate() {
+            let outcome = match applied.report.error(index) {
+                None => "ok",
+                Some(OpError::Withheld) => "withheld",
+                Some(_) => "failed",
+            };
+            if let Object::Endpoint(key) = op.object() {
+                if outcome == "ok" {
+                    self.failed_endpoints.remove(&key);
+                } else {
+                    self.failed_endpoints.insert(key);
+                }
+            }
+            self.counters.count(op, outcome);
+        }
+        for ((map, action, outcome), count) in self.counters.take_ops() {
+            let labels = MapOpLabels { map, action, outcome };
+            metrics.map_ops.get_or_create(&labels).inc_by(count);
+        }
+        if let Some(error) = results.iter().find_map(|result| result.as_ref().err()) {
+            tracing::warn!(
+                error,
+                failed = applied.report.failed.len(),
+                "map operations failed; trying again"
+            );
+        }
+        self.reconciler.complete(self.started.elapsed(), &results);
+        self.facts.progress = self.reconciler.progress();
+    }
+
+    fn end_round(&mut self) {
+        self.round_open = false;
+        self.facts.progress = self.reconciler.progress();
+        if let Some(since) = self.round_since.take() {
+            self.outputs
+                .metrics
+                .propagation_seconds
+                .observe(since.elapsed().as_secs_f64());
+        }
+        self.facts.state.on_applied();
+        let now = self.now();
+        let passed = status::remotes_pass(&self.facts, now);
+        if passed && !self.facts.remotes_passed {
+            self.facts.remotes_passed = true;
+            self.report(now);
+        }
+        if self.failed_endpoints.is_empty() {
+            let revision = self.revision;
+            for (_, done) in self.waiting.extract_if(.., |(wanted, _)| *wanted <= revision) {
+                // Who asked may have given up.
+                let _ = done.send(());
+            }
+        }
+    }
+
+    // === full pass ===
+
+    fn on_dump(&mut self, dump: Result<MapDump, MapError>) {
+        let now = self.now();
+        let outcome = match dump {
+            Err(error) => {
+                let why = chain(&error);
+                tracing::warn!(error = why, "maps cannot be dumped to be compared");
+                self.facts.compare_error = Some(why);
+                self.reconciler.full_pass_done(now, 0);
+                "failed"
+            }
+            Ok(dump) => {
+                self.facts.compare_error = None;
+                self.repair(now, &dump);
+                "ok"
+            }
+        };
+        self.written.clear();
+        let label = OutcomeLabel { outcome };
+        self.outputs.metrics.compares.get_or_create(&label).inc();
+    }
+
+    /// Entries that rounds wrote since the dump began are left out: of those the dump says nothing.
+    fn repair(&mut self, now: Duration, dump: &MapDump) {
+        if self.batch.is_some() || !self.reconciler.is_idle() || self.facts.state.has_changes() {
+            // Rounds are under way: what would be found could be theirs. The pass is done again soon.
+            self.reconciler.full_pass_done(now, 0);
+            return;
+        }
+        let mut plan = self.facts.state.audit(dump);
+        let keep: Vec<bool> = plan
+            .ops
+            .iter()
+            .map(|op| !self.written.contains(&op.object()))
+            .collect();
+        let mut kept = keep.iter();
+        plan.ops.retain(|_| kept.next().copied().unwrap_or(false));
+        let mut kept = keep.iter();
+        plan.domains.retain(|_| kept.next().copied().unwrap_or(false));
+        self.reconciler.full_pass_done(now, plan.len());
+        if plan.is_empty() {
+            return;
+        }
+        for op in &plan.ops {
+            let map = crate::housekeeping::map_of(op);
+            self.outputs
+                .metrics
+                .compare_fixes
+                .get_or_create(&MapLabel { map })
+                .inc();
+        }
+        tracing::error!(
+            entries = plan.len(),
+            first = ?plan.ops.first(),
+            "map entries were not what they should be and are being fixed: a bug, or somebody else writes them"
+        );
+        self.revision += 1;
+        self.reconciler.begin(now, plan, self.revision);
+        self.round_open = true;
+    }
+
+    // === once a second ===
+
+    fn every_second(&mut self) {
+        let now = self.now();
+        if status::remotes_pass(&self.facts, now) {
+            self.facts.remotes_passed = true;
+        }
+        self.report(now);
+        self.counters.export(&self.facts, &self.outputs.metrics, now);
+    }
+
+    fn report(&self, now: Duration) {
+        for subsystem in status::subsystems(&self.facts, now) {
+            self.outputs.health.set(subsystem.name, subsystem.health);
+        }
+    }
+}
+
+/// Waits for a job, if there is one; it is taken out when it is done.
+async fn finished<T>(job: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task::JoinError> {
+    match job {
+        None => std::future::pending().await,
+        Some(handle) => {
+            let result = handle.await;
+            *job = None;
+            result
+        }
+    }
+}
+
+/// Everything that the maps hold. Blocks.
+pub fn dump(datapath: &Datapath) -> Result<MapDump, MapError> {
+    let tables = datapath.tables();
+    Ok(MapDump {
+        lb: LbDump {
+            services: tables.services.dump()?,
+            backends: tables
+                .backends
+                .dump()?
+                .into_iter()
+                .map(|(key, value)| (key.id, value))
+                .collect(),
+        },
+        ipcache: tables.ipcache.dump()?,
+        endpoints: tables.endpoints.dump()?,
+    })
+}

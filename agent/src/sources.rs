@@ -1,0 +1,672 @@
+//! What to follow: which prefixes of which clusters, from the cluster configs and canaries that the upstream shows.
+//!
+//! In: cluster configs, canaries, "listed in full" marks. Out: [`Effect`]s, in order. Pure.
+//!
+//! Rules:
+//! - A prefix is followed once its canary is there (if the cluster writes canaries), so that a full list of it is the
+//!   whole truth, and "synced" is simply "listed".
+//! - The own cluster is read at its operator's keys, others at the mirror's. A cluster that announces Isthmus' slices is
+//!   read through them, another through Cilium's service JSON. When that changes, the new form is read anew and what it
+//!   does not confirm goes; until then the old content stays in use.
+//! - A cluster whose config and status key are both gone is out: its data is drained. A config alone may be gone because an
+//!   API server began anew and has not reached the remote cluster yet; its status says that the cluster is still meant.
+//!   The own cluster is never drained.
+//! - A config that cannot be right (ID of another cluster, out of range) changes nothing but the status.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
+use isthmus_wire::{
+    ClusterConfig,
+    keys::{Kind, Scope},
+};
+
+use crate::decode::Source;
+
+/// What the shell and the state must do.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Effect {
+    /// A cluster is part of the mesh.
+    Join(ClusterName, ClusterId),
+    /// Begin to follow this prefix.
+    Follow(Source),
+    /// Stop; what is known from it stays.
+    Unfollow(Source),
+    /// The cluster's services come in another form from now on: what the new form does not confirm goes once it is listed.
+    Reread(ClusterName, ClusterId),
+    /// Forget everything of this cluster.
+    Drain(ClusterName, ClusterId),
+}
+
+/// What is known about a cluster's sources.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Cluster {
+    /// Its ID.
+    pub id: ClusterId,
+    /// It is read through frames and slices, not through Cilium's service JSON.
+    pub slices: bool,
+    canaries: bool,
+    scope: Scope,
+    followed: BTreeMap<Kind, bool>,
+}
+
+impl Cluster {
+    /// The kinds to read, with their scopes.
+    fn wanted(&self) -> impl Iterator<Item = (Kind, Scope)> + use<> {
+        let base = [Kind::Nodes, Kind::Ip, Kind::Identities];
+        let services: &[Kind] = if self.slices {
+            &[Kind::Frames, Kind::Slices]
+        } else {
+            &[Kind::Services]
+        };
+        let scope = self.scope;
+        base.into_iter()
+            .chain(services.iter().copied())
+            .map(move |kind| (kind, scope_of(kind, scope)))
+    }
+
+    /// Whether every kind was listed in full.
+    pub fn is_synced(&self) -> bool {
+        self.wanted()
+            .all(|(kind, _)| self.followed.get(&kind).copied() == Some(true))
+    }
+
+    /// Whether frames and slices, or the services in Cilium's form, were listed in full.
+    pub fn services_listed(&self) -> bool {
+        self.wanted()
+            .filter(|(kind, _)| matches!(kind, Kind::Frames | Kind::Slices | Kind::Services))
+            .all(|(kind, _)| self.followed.get(&kind).copied() == Some(true))
+    }
+
+    /// Kinds that were not listed in full yet, with whether their canary is still missing.
+    pub fn missing(&self) -> impl Iterator<Item = (Kind, bool)> + '_ {
+        self.wanted()
+            .filter_map(|(kind, _)| match self.followed.get(&kind) {
+                Some(true) => None,
+                Some(false) => Some((kind, false)),
+                None => Some((kind, true)),
+            })
+    }
+}
+
+/// The own cluster's frames and slices are those for local agents: all services, not only the exported ones.
+fn scope_of(kind: Kind, scope: Scope) -> Scope {
+    match (kind, scope) {
+        (Kind::Frames | Kind::Slices, Scope::State) => Scope::Local,
+        _ => scope,
+    }
+}
+
+/// Why a cluster config is not followed.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+pub enum ConfigRefusal {
+    /// The own cluster's config says something else than the agent's flags.
+    #[error(
+        "--cluster-id is {flag}, but the cluster config of {cluster} says {config}: the operator runs with another ID"
+    )]
+    OwnId {
+        /// The own cluster.
+        cluster: ClusterName,
+        /// What the flag says.
+        flag: ClusterId,
+        /// What the config says.
+        config: u32,
+    },
+    /// Two clusters claim one ID.
+    #[error("cluster {cluster} says that it has ID {id}, which is the ID of cluster {holder}")]
+    Duplicate {
+        /// The refused cluster.
+        cluster: ClusterName,
+        /// The ID.
+        id: ClusterId,
+        /// Who has it.
+        holder: ClusterName,
+    },
+    /// The ID does not fit the mesh.
+    #[error("cluster {cluster} has no valid ID: {why}")]
+    Id {
+        /// The refused cluster.
+        cluster: ClusterName,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+/// All clusters and their sources.
+#[derive(Debug)]
+pub struct Sources {
+    own: ClusterName,
+    own_id: ClusterId,
+    max: MaxConnectedClusters,
+    listed: bool,
+    clusters: BTreeMap<ClusterName, Cluster>,
+    /// Clusters that the API server mirrors or tries to, with their ID if it is known.
+    statuses: BTreeMap<ClusterName, Option<ClusterId>>,
+    statuses_listed: bool,
+    /// Clusters that have joined and whose config is gone.
+    config_gone: BTreeSet<ClusterName>,
+    canaries: BTreeSet<(ClusterName, Kind, Scope)>,
+    refused: BTreeMap<ClusterName, ConfigRefusal>,
+}
+
+impl Sources {
+    /// Nothing known yet.
+    pub fn new(own: ClusterName, own_id: ClusterId, max: MaxConnectedClusters) -> Self {
+        Self {
+            own,
+            own_id,
+            max,
+            listed: false,
+            clusters: BTreeMap::new(),
+            statuses: BTreeMap::new(),
+            statuses_listed: false,
+            config_gone: BTreeSet::new(),
+            canaries: BTreeSet::new(),
+            refused: BTreeMap::new(),
+        }
+    }
+
+    /// A cluster's config was written. Each change of what is followed is an effect.
+    pub fn on_config(&mut self, name: &ClusterName, config: &ClusterConfig) -> Vec<Effect> {
+        let id = match self.check(name, config) {
+            Ok(id) => id,
+            Err(refusal) => {
+                self.refused.insert(name.clone(), refusal);
+                return vec![];
+            }
+        };
+        self.refused.remove(name);
+        self.config_gone.remove(name);
+        let mut effects = vec![];
+        if self.clusters.get(name).is_some_and(|cluster| cluster.id != id) {
+            effects.extend(self.drain(name));
+        }
+        let scope = if *name == self.own {
+            Scope::State
+        } else {
+            Scope::Cache
+        };
+        let canaries = config.capabilities.synced_canaries;
+        // The own operator is always one of ours.
+        let slices = *name == self.own || config.has_slices();
+        let cluster = self.clusters.entry(name.clone()).or_insert_with(|| {
+            effects.push(Effect::Join(name.clone(), id));
+            Cluster {
+                id,
+                slices,
+                canaries,
+                scope,
+                followed: BTreeMap::new(),
+            }
+        });
+        cluster.canaries = canaries;
+        if cluster.slices != slices {
+            cluster.slices = slices;
+            let wanted: BTreeSet<Kind> = cluster.wanted().map(|(kind, _)| kind).collect();
+            let dropped: Vec<Kind> = cluster
+                .followed
+                .keys()
+                .filter(|kind| !wanted.contains(kind))
+                .copied()
+                .collect();
+            for kind in dropped {
+                cluster.followed.remove(&kind);
+                effects.push(Effect::Unfollow(source(name, cluster, kind)));
+            }
+            effects.push(Effect::Reread(name.clone(), id));
+        }
+        self.follow_what_is_ready(name, &mut effects);
+        effects
+    }
+
+    /// A cluster's config was deleted.
+    pub fn on_config_gone(&mut self, name: &ClusterName) -> Vec<Effect> {
+        self.refused.remove(name);
+        if *name != self.own && self.clusters.contains_key(name) {
+            self.config_gone.insert(name.clone());
+        }
+        self.drain_if_out(name)
+    }
+
+    /// Every cluster config that exists has been seen.
+    pub fn on_configs_listed(&mut self) {
+        self.listed = true;
+    }
+
+    /// The API server mirrors this cluster, or tries to.
+    pub fn on_status(&mut self, name: &ClusterName, id: u32) {
+        self.statuses
+            .insert(name.clone(), ClusterId::new(id, self.max).ok());
+    }
+
+    /// The API server no longer tries to mirror this cluster.
+    pub fn on_status_gone(&mut self, name: &ClusterName) -> Vec<Effect> {
+        self.statuses.remove(name);
+        self.drain_if_out(name)
+    }
+
+    /// Every status that exists has been seen.
+    pub fn on_statuses_listed(&mut self) -> Vec<Effect> {
+        self.statuses_listed = true;
+        let gone: Vec<ClusterName> = self.config_gone.iter().cloned().collect();
+        gone.iter().flat_map(|name| self.drain_if_out(name)).collect()
+    }
+
+    fn drain_if_out(&mut self, name: &ClusterName) -> Vec<Effect> {
+        let out =
+            self.statuses_listed && !self.statuses.contains_key(name) && self.config_gone.contains(name);
+        if out { self.drain(name) } else { vec![] }
+    }
+
+    /// A canary was written: the part of its key after `cilium/synced/`. Unknown ones are ignored, as Cilium does.
+    pub fn on_canary(&mut self, suffix: &str) -> Vec<Effect> {
+        let Some(canary) = parse_canary(suffix) else {
+            return vec![];
+        };
+        let cluster = canary.0.clone();
+        self.canaries.insert(canary);
+        let mut effects = vec![];
+        self.follow_what_is_ready(&cluster, &mut effects);
+        effects
+    }
+
+    /// A canary was deleted. What is followed stays followed; the cluster's next incarnation waits for a new canary.
+    pub fn on_canary_gone(&mut self, suffix: &str) {
+        if let Some(canary) = parse_canary(suffix) {
+            self.canaries.remove(&canary);
+        }
+    }
+
+    /// A source was listed in full. False if it is not followed (any more).
+    pub fn on_listed(&mut self, source: &Source) -> bool {
+        let cluster = self.clusters.get_mut(&source.cluster);
+        let Some(cluster) = cluster.filter(|cluster| cluster.id == source.cluster_id) else {
+            return false;
+        };
+        match cluster.followed.get_mut(&source.kind) {
+            Some(listed) => {
+                *listed = true;
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The IDs of all clusters of the mesh, once they are all known: configs and statuses are listed, the own cluster is
+    /// there, and every cluster that the API server tries to mirror has told its ID at some time.
+    pub fn all_ids(&self) -> Option<BTreeSet<ClusterId>> {
+        if !self.listed || !self.statuses_listed || !self.clusters.contains_key(&self.own) {
+            return None;
+        }
+        let mut ids: BTreeSet<ClusterId> = self.clusters.values().map(|cluster| cluster.id).collect();
+        for (name, id) in &self.statuses {
+            match (self.clusters.get(name), id) {
+                (Some(_), _) => {}
+                (None, Some(id)) => {
+                    ids.insert(*id);
+                }
+                (None, None) => return None,
+            }
+        }
+        Some(ids)
+    }
+
+    /// Whether configs and statuses were listed in full, and the own cluster is there.
+    pub fn is_listed(&self) -> bool {
+        self.listed && self.statuses_listed && self.clusters.contains_key(&self.own)
+    }
+
+    /// Whether the cluster's config is missing although it is still meant to be part of the mesh.
+    pub fn is_config_gone(&self, name: &ClusterName) -> bool {
+        self.config_gone.contains(name)
+    }
+
+    /// The own cluster, once its config is there.
+    pub fn own(&self) -> Option<&Cluster> {
+        self.clusters.get(&self.own)
+    }
+
+    /// All clusters, by name.
+    pub fn clusters(&self) -> impl Iterator<Item = (&ClusterName, &Cluster)> {
+        self.clusters.iter()
+    }
+
+    /// All clusters but the own one.
+    pub fn remotes(&self) -> impl Iterator<Item = (&ClusterName, &Cluster)> {
+        self.clusters.iter().filter(|(name, _)| **name != self.own)
+    }
+
+    /// Clusters whose config was refused, and why.
+    pub fn refused(&self) -> &BTreeMap<ClusterName, ConfigRefusal> {
+        &self.refused
+    }
+
+    fn check(&self, name: &ClusterName, config: &ClusterConfig) -> Result<ClusterId, ConfigRefusal> {
+        let id = config.cluster_id(self.max).map_err(|error| ConfigRefusal::Id {
+            cluster: name.clone(),
+            why: error.to_string(),
+        })?;
+        if *name == self.own {
+            return if id == self.own_id {
+                Ok(id)
+            } else {
+                Err(ConfigRefusal::OwnId {
+                    cluster: name.clone(),
+                    flag: self.own_id,
+                    config: config.id,
+                })
+            };
+        }
+        let holder = if id == self.own_id {
+            Some(&self.own)
+        } else {
+            self.clusters
+                .iter()
+                .find(|(other, cluster)| *other != name && cluster.id == id)
+                .map(|(other, _)| other)
+        };
+        match holder {
+            None => Ok(id),
+            Some(holder) => Err(ConfigRefusal::Duplicate {
+                cluster: name.clone(),
+                id,
+                holder: holder.clone(),
+            }),
+        }
+    }
+
+    fn drain(&mut self, name: &ClusterName) -> Vec<Effect> {
+        // Nobody will tell about its canaries any more; when it joins again they are listed again.
+        self.canaries.retain(|(cluster, ..)| cluster != name);
+        self.config_gone.remove(name);
+        let Some(cluster) = self.clusters.remove(name) else {
+            return vec![];
+        };
+        let mut effects: Vec<Effect> = cluster
+            .followed
+            .keys()
+            .map(|kind| Effect::Unfollow(source(name, &cluster, *kind)))
+            .collect();
+        effects.push(Effect::Drain(name.clone(), cluster.id));
+        effects
+    }
+
+    fn follow_what_is_ready(&mut self, name: &ClusterName, effects: &mut Vec<Effect>) {
+        let Some(cluster) = self.clusters.get_mut(name) else {
+            return;
+        };
+        let ready: Vec<Kind> = cluster
+            .wanted()
+            .filter(|(kind, scope)| {
+                !cluster.followed.contains_key(kind)
+                    && (!cluster.canaries || self.canaries.contains(&(name.clone(), *kind, *scope)))
+            })
+            .map(|(kind, _)| kind)
+            .collect();
+        for kind in ready {
+            cluster.followed.insert(kind, false);
+            effects.push(Effect::Follow(source(name, cluster, kind)));
+        }
+    }
+}
+
+fn parse_canary(suffix: &str) -> Option<(ClusterName, Kind, Scope)> {
+    let (cluster, base) = suffix.split_once('/')?;
+    let cluster = ClusterName::new(cluster).ok()?;
+    Kind::ALL.into_iter().find_map(|kind| {
+        [Scope::State, Scope::Cache, Scope::Local]
+            .into_iter()
+            .find(|scope| kind.base_prefix(*scope) == Some(base))
+            .map(|scope| (cluster.clone(), kind, scope))
+    })
+}
+
+fn source(name: &ClusterName, cluster: &Cluster, kind: Kind) -> Source {
+    Source {
+        cluster: name.clone(),
+        cluster_id: cluster.id,
+        kind,
+        scope: scope_of(kind, cluster.scope),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use isthmus_wire::config::{Capabilities, IsthmusCapabilities};
+    use isthmus_wire::keys::{self, SYNCED as CANARIES};
+    use proptest::prelude::*;
+
+    const MAX: MaxConnectedClusters = MaxConnectedClusters::C255;
+
+    fn name(name: &str) -> ClusterName {
+        ClusterName::new(name).unwrap()
+    }
+
+    fn id(id: u32) -> ClusterId {
+        ClusterId::new(id, MAX).unwrap()
+    }
+
+    fn config(id: u32, slices: bool) -> ClusterConfig {
+        ClusterConfig {
+            id,
+            capabilities: Capabilities {
+                synced_canaries: true,
+                ..Capabilities::default()
+            },
+            isthmus: slices.then_some(IsthmusCapabilities { slices: 1 }),
+        }
+    }
+
+    fn sources() -> Sources {
+        Sources::new(name("c1"), id(1), MAX)
+    }
+
+    fn canary(cluster: &str, kind: Kind, scope: Scope) -> String {
+        let key = keys::canary(&name(cluster), kind, scope).unwrap();
+        key.strip_prefix(CANARIES).unwrap().to_owned()
+    }
+
+    fn followed(effects: &[Effect]) -> Vec<(Kind, Scope)> {
+        effects
+            .iter()
+            .filter_map(|effect| match effect {
+                Effect::Follow(source) => Some((source.kind, source.scope)),
+                _ => None,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_own_cluster_is_read_at_its_local_keys_and_remotes_at_the_mirror() {
+        let mut sources = sources();
+        assert_eq!(
+            sources.on_config(&name("c1"), &config(1, true)),
+            [Effect::Join(name("c1"), id(1))]
+        );
+        assert_eq!(
+            followed(&sources.on_canary(&canary("c1", Kind::Slices, Scope::Local))),
+            [(Kind::Slices, Scope::Local)]
+        );
+        // The exported slices' canary is for other clusters.
+        assert!(
+            sources
+                .on_canary(&canary("c1", Kind::Slices, Scope::State))
+                .is_empty()
+        );
+        assert!(
+            sources
+                .on_canary(&canary("c2", Kind::Nodes, Scope::Cache))
+                .is_empty()
+        );
+        let effects = sources.on_config(&name("c2"), &config(2, false));
+        assert_eq!(followed(&effects), [(Kind::Nodes, Scope::Cache)]);
+    }
+
+    #[test]
+    fn without_canaries_everything_is_followed_at_once() {
+        let mut sources = sources();
+        let mut old = config(2, false);
+        old.capabilities.synced_canaries = false;
+        let effects = sources.on_config(&name("c2"), &old);
+        assert_eq!(followed(&effects).len(), 4);
+    }
+
+    #[test]
+    fn another_form_is_read_anew() {
+        let mut sources = sources();
+        sources.on_statuses_listed();
+        for kind in Kind::ALL {
+            sources.on_canary(&canary("c2", kind, Scope::Cache));
+        }
+        sources.on_config(&name("c2"), &config(2, false));
+        let effects = sources.on_config(&name("c2"), &config(2, true));
+        assert!(matches!(&effects[0], Effect::Unfollow(source) if source.kind == Kind::Services));
+        assert_eq!(
+            followed(&effects),
+            [(Kind::Frames, Scope::Cache), (Kind::Slices, Scope::Cache)]
+        );
+        assert!(sources.on_config(&name("c2"), &config(2, true)).is_empty());
+    }
+
+    #[test]
+    fn bad_configs_change_nothing_but_the_status() {
+        let mut sources = sources();
+        for (cluster, config) in [
+            ("c1", config(3, true)),
+            ("c2", config(1, true)),
+            ("c3", config(0, true)),
+        ] {
+            assert!(sources.on_config(&name(cluster), &config).is_empty());
+            assert!(sources.refused().contains_key(&name(cluster)));
+        }
+        sources.on_config(&name("c2"), &config(2, true));
+        assert!(sources.on_config(&name("c4"), &config(2, true)).is_empty());
+        let why = sources.refused()[&name("c4")].to_string();
+        assert!(why.contains("c2"), "{why}");
+    }
+
+    #[test]
+    fn a_removed_cluster_is_drained_and_the_own_one_is_not() {
+        let mut sources = sources();
+        sources.on_statuses_listed();
+        sources.on_canary(&canary("c2", Kind::Nodes, Scope::Cache));
+        sources.on_config(&name("c2"), &config(2, true));
+        let effects = sources.on_config_gone(&name("c2"));
+        assert_eq!(effects.last(), Some(&Effect::Drain(name("c2"), id(2))));
+        assert!(followed(&sources.on_config(&name("c2"), &config(2, true))).is_empty());
+        sources.on_config(&name("c1"), &config(1, true));
+        assert!(sources.on_config_gone(&name("c1")).is_empty());
+        assert!(sources.own().is_some());
+    }
+
+    #[test]
+    fn a_cluster_that_is_still_mirrored_stays_without_its_config() {
+        let mut sources = sources();
+        sources.on_config(&name("c1"), &config(1, true));
+        sources.on_config(&name("c2"), &config(2, true));
+        sources.on_status(&name("c2"), 2);
+        sources.on_configs_listed();
+        assert_eq!(sources.all_ids(), None);
+        assert!(sources.on_statuses_listed().is_empty());
+        assert_eq!(sources.all_ids(), Some([id(1), id(2)].into()));
+        // The API server begins anew: configs are listed before it reached c2.
+        assert!(sources.on_config_gone(&name("c2")).is_empty());
+        assert!(sources.is_config_gone(&name("c2")));
+        assert!(sources.on_config(&name("c2"), &config(2, true)).is_empty());
+        assert!(sources.on_config_gone(&name("c2")).is_empty());
+        let effects = sources.on_status_gone(&name("c2"));
+        assert_eq!(effects.last(), Some(&Effect::Drain(name("c2"), id(2))));
+        // One that never told its ID: what was restored of others may be its.
+        sources.on_status(&name("c3"), 0);
+        assert_eq!(sources.all_ids(), None);
+        sources.on_status(&name("c3"), 3);
+        assert_eq!(sources.all_ids(), Some([id(1), id(3)].into()));
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Config(u8, bool),
+        Gone(u8),
+        Canary(u8, usize),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            (1u8..4, any::<bool>()).prop_map(|(cluster, slices)| Step::Config(cluster, slices)),
+            (1u8..4).prop_map(Step::Gone),
+            (1u8..4, 0usize..6).prop_map(|(cluster, kind)| Step::Canary(cluster, kind)),
+        ]
+    }
+
+    fn apply(sources: &mut Sources, step: Step) -> Vec<Effect> {
+        match step {
+            Step::Config(cluster, slices) => {
+                sources.on_config(&name(&format!("c{cluster}")), &config(cluster.into(), slices))
+            }
+            Step::Gone(cluster) => sources.on_config_gone(&name(&format!("c{cluster}"))),
+            Step::Canary(cluster, kind) => {
+                let scope = if cluster != 1 {
+                    Scope::Cache
+                } else {
+                    scope_of(Kind::ALL[kind], Scope::State)
+                };
+                sources.on_canary(&canary(&format!("c{cluster}"), Kind::ALL[kind], scope))
+            }
+        }
+    }
+
+    proptest! {
+        /// Whatever happens: follow and unfollow alternate, a drained cluster has nothing followed, and what is
+        /// followed in the end is what is wanted and has its canary.
+        #[test]
+        fn effects_are_consistent(steps in proptest::collection::vec(step(), 0..60)) {
+            let mut sources = sources();
+            sources.on_statuses_listed();
+            let mut open = BTreeSet::new();
+            for step in steps {
+                for effect in apply(&mut sources, step) {
+                    match effect {
+                        Effect::Follow(source) => prop_assert!(open.insert(source)),
+                        Effect::Unfollow(source) => prop_assert!(open.remove(&source)),
+                        Effect::Drain(cluster, _) => {
+                            prop_assert!(open.iter().all(|source| source.cluster != cluster));
+                        }
+                        Effect::Join(..) | Effect::Reread(..) => {}
+                    }
+                }
+                for (cluster, state) in sources.clusters() {
+                    for (kind, scope) in state.wanted() {
+                        let follows = open.contains(&source(cluster, state, kind));
+                        prop_assert_eq!(follows, sources.canaries.contains(&(cluster.clone(), kind, scope)), "{:?}", kind);
+                    }
+                }
+            }
+        }
+
+        /// The order in which configs and canaries arrive does not matter.
+        #[test]
+        fn order_of_arrival_does_not_matter(order in Just((0..21usize).collect::<Vec<_>>()).prop_shuffle()) {
+            let mut sources = sources();
+            let mut open = BTreeSet::new();
+            for number in order {
+                let cluster = (number % 3 + 1) as u8;
+                let step = match number / 3 {
+                    6 => Step::Config(cluster, true),
+                    kind => Step::Canary(cluster, kind),
+                };
+                for effect in apply(&mut sources, step) {
+                    if let Effect::Follow(source) = effect {
+                        open.insert(source);
+                    }
+                }
+            }
+            prop_assert_eq!(open.len(), 3 * 5);
+        }
+
+        #[test]
+        fn hostile_canaries_never_panic(suffix in ".{0,80}") {
+            sources().on_canary(&suffix);
+        }
+    }
+}

@@ -1,0 +1,709 @@
+//! Everything the agent knows, and what its maps should hold because of it. Pure: no I/O, no clock, no async.
+//!
+//! In: [`Event`]s (keys and values of the upstream, local endpoints, which clusters answer probes) and one dump of the maps
+//! at the start. Out: [`FeedChange`]s (what to follow), [`Plan`]s (what to write), and answers for people.
+//!
+//! The decisions are made in smaller cores: what to follow in [`sources`](crate::sources), what bytes mean in
+//! [`decode`](crate::decode), what to program in `isthmus-mesh`. Here they are put together:
+//!
+//!     bytes -> decode -> Object -> LoadBalancer, Ipcache, Routes, endpoints -> Plan
+//!                                  (and Sources says which of them are known in full)
+//!
+//! Invariants: whatever the order in which sources arrive, the same content ends in the same maps; nothing that was found
+//! in the maps goes away before all that could have named it is listed; a refused object changes nothing.
+
+mod local;
+pub mod views;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use isthmus_bpf_abi::{Endpoint as EndpointEntry, EndpointKey, IpcacheKey, IpcacheValue};
+use isthmus_mesh::{Ipcache, LbDump, LoadBalancer, Plan, Routes, Source as MeshSource, SourceTable};
+use isthmus_model::{
+    ClusterId, ClusterName, IdentityRange, Labels, MaxConnectedClusters, Node, NumericIdentity, ServiceName,
+};
+use isthmus_wire::{
+    ClusterConfig, Refusal,
+    keys::{self, Kind},
+    refusal::VALUE_LEN_MAX,
+    status::RemoteStatus,
+};
+
+pub use self::{
+    local::LocalTables,
+    views::{ClusterView, NodeView, RemoteView},
+};
+use crate::{
+    decode::{self, Object, ObjectName, Refusals, Source},
+    endpoints::keeper::EndpointList,
+    network::RemoteCidrs,
+    node::LocalNode,
+    sources::{Effect, Sources},
+};
+
+/// Something that happened.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// A key has this value.
+    Put {
+        /// Feed that says so.
+        feed: &'a str,
+        /// Key.
+        key: &'a [u8],
+        /// Value.
+        value: &'a [u8],
+    },
+    /// A key is gone.
+    Delete {
+        /// Feed that says so.
+        feed: &'a str,
+        /// Key.
+        key: &'a [u8],
+    },
+    /// A key's value is larger than what is read.
+    Oversized {
+        /// Feed that says so.
+        feed: &'a str,
+        /// Key.
+        key: &'a [u8],
+        /// Length of the value.
+        len: usize,
+    },
+    /// A feed was told in full.
+    Synced {
+        /// The feed.
+        feed: &'a str,
+    },
+    /// The local endpoints.
+    Endpoints(EndpointList),
+    /// Whether a cluster answers probes.
+    ClusterHealth(ClusterId, bool),
+}
+
+/// What to follow from now on.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum FeedChange {
+    /// Begin.
+    Add {
+        /// Name for events; never used twice.
+        name: Arc<str>,
+        /// All keys that begin so.
+        prefix: String,
+        /// Larger values are not read.
+        value_len_max: usize,
+    },
+    /// Stop. Events that still come with this name are ignored.
+    Remove(Arc<str>),
+}
+
+/// What to tell an operator, once.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Notice {
+    /// An object was refused.
+    Refused {
+        /// Its cluster.
+        cluster: ClusterName,
+        /// Its key.
+        key: String,
+        /// Label.
+        reason: &'static str,
+        /// For people.
+        why: String,
+    },
+    /// A cluster joined the mesh.
+    Joined(ClusterName, ClusterId),
+    /// A cluster left the mesh; what it said is drained.
+    Left(ClusterName, ClusterId),
+}
+
+/// Contents of all maps at the start, or for a full pass.
+#[derive(Clone, Debug, Default)]
+pub struct MapDump {
+    /// Services and backends.
+    pub lb: LbDump,
+    /// The ipcache.
+    pub ipcache: Vec<(IpcacheKey, IpcacheValue)>,
+    /// Local endpoints.
+    pub endpoints: Vec<(EndpointKey, EndpointEntry)>,
+}
+
+/// What does not change while the agent runs.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// This cluster.
+    pub cluster: ClusterName,
+    /// Its ID.
+    pub cluster_id: ClusterId,
+    /// Size of the mesh.
+    pub max: MaxConnectedClusters,
+    /// This node.
+    pub node: String,
+}
+
+/// What a feed carries.
+#[derive(Clone, Debug, Eq, PartialEq)]
+enum Feed {
+    Configs,
+    Statuses,
+    Heartbeat,
+    Canaries(ClusterName),
+    Objects(Source),
+}
+
+#[derive(Debug)]
+enum Buffered {
+    Put(Object),
+    Gone(ObjectName),
+}
+
+/// The state. See the module.
+#[derive(Debug)]
+pub struct State {
+    identity: Identity,
+    sources: Sources,
+    feeds: BTreeMap<Arc<str>, Feed>,
+    feeds_made: u64,
+    lb: LoadBalancer,
+    ipcache: Ipcache,
+    routes: Routes,
+    local: LocalTables,
+    nodes: BTreeMap<(ClusterName, String), Node>,
+    identities: BTreeMap<NumericIdentity, Labels>,
+    statuses: BTreeMap<ClusterName, RemoteStatus>,
+    /// How many slices a service of Cilium's form became: they have no keys of their own.
+    json_slices: BTreeMap<(ClusterName, ServiceName), usize>,
+    /// Services of clusters that change their form, until the new form is listed. Rare, and as large as the cluster.
+    rereading: BTreeMap<ClusterName, Vec<Buffered>>,
+    /// Global services of the own cluster.
+    global: BTreeSet<ServiceName>,
+    refusals: Refusals,
+    notices: Vec<Notice>,
+    /// Heartbeats seen; the shell has the clock.
+    heartbeats: u64,
+    heartbeat: Vec<u8>,
+    routes_changed: bool,
+    /// Clusters whose sources were all listed when the last plan was drained.
+    drained: Vec<ClusterName>,
+    /// Clusters of which everything was written to the maps once.
+    applied: Vec<ClusterName>,
+}
+
+impl State {
+    /// Knows what is in the maps, and nothing else.
+    pub fn new(identity: Identity, dump: MapDump) -> Self {
+        let mut lb = LoadBalancer::new(identity.cluster_id);
+        lb.restore(&dump.lb);
+        let mut ipcache = Ipcache::new(identity.cluster_id, identity.max, &identity.node);
+        ipcache.restore(&dump.ipcache);
+        Self {
+            sources: Sources::new(identity.cluster.clone(), identity.cluster_id, identity.max),
+            routes: Routes::new(identity.cluster_id, &identity.node),
+            identity,
+            feeds: BTreeMap::new(),
+            feeds_made: 0,
+            lb,
+            ipcache,
+            local: LocalTables::new(dump.endpoints),
+            nodes: BTreeMap::new(),
+            identities: BTreeMap::new(),
+            statuses: BTreeMap::new(),
+            json_slices: BTreeMap::new(),
+            rereading: BTreeMap::new(),
+            global: BTreeSet::new(),
+            refusals: Refusals::default(),
+            notices: vec![],
+            heartbeats: 0,
+            heartbeat: vec![],
+            routes_changed: true,
+            drained: vec![],
+            applied: vec![],
+        }
+    }
+
+    /// What to follow from the start.
+    pub fn first_feeds(&mut self) -> Vec<FeedChange> {
+        let prefixes = [
+            (Feed::Configs, keys::CLUSTER_CONFIG),
+            (Feed::Statuses, keys::REMOTE_STATUS),
+            (Feed::Heartbeat, keys::HEARTBEAT),
+        ];
+        prefixes
+            .into_iter()
+            .map(|(feed, prefix)| self.add_feed(feed, prefix.to_owned(), VALUE_LEN_MAX))
+            .collect()
+    }
+
+    /// Takes in what happened.
+    pub fn on(&mut self, event: Event<'_>) -> Vec<FeedChange> {
+        match event {
+            Event::Endpoints(list) => {
+                self.local.set_endpoints(list);
+                vec![]
+            }
+            Event::ClusterHealth(cluster, healthy) => {
+                self.lb.set_cluster_health(cluster, healthy);
+                vec![]
+            }
+            Event::Put { feed, key, value } => match self.feeds.get(feed).cloned() {
+                Some(feed) => self.on_put(feed, key, value),
+                None => vec![],
+            },
+            Event::Delete { feed, key } => match self.feeds.get(feed).cloned() {
+                Some(feed) => self.on_delete(feed, key),
+                None => vec![],
+            },
+            Event::Oversized { feed, key, len } => {
+                if let Some(feed) = self.feeds.get(feed).cloned() {
+                    let (cluster, limit) = match &feed {
+                        Feed::Objects(source) => (source.cluster.clone(), source.kind.value_len_max()),
+                        _ => (self.identity.cluster.clone(), VALUE_LEN_MAX),
+                    };
+                    self.refuse(&cluster, key, &Refusal::TooLarge { len, limit });
+                }
+                vec![]
+            }
+            Event::Synced { feed } => match self.feeds.get(feed).cloned() {
+                Some(feed) => self.on_synced(feed),
+                None => vec![],
+            },
+        }
+    }
+
+    /// The operations for what changed, at most about `ipcache_max` of them for the ipcache; the rest stays for the
+    /// next call ([`Self::has_changes`]).
+    pub fn drain(&mut self, ipcache_max: usize) -> Plan {
+        let mut plan = self.lb.drain();
+        plan.merge(self.ipcache.drain_at_most(ipcache_max));
+        plan.merge(self.local.drain());
+        if !self.has_changes() {
+            self.drained = self
+                .sources
+                .clusters()
+                .filter(|(_, cluster)| cluster.is_synced())
+                .map(|(name, _)| name.clone())
+                .collect();
+        }
+        plan
+    }
+
+    /// Whether [`Self::drain`] has something to do.
+    pub fn has_changes(&self) -> bool {
+        self.lb.has_changes() || self.ipcache.has_changes() || self.local.has_changes()
+    }
+
+    /// Every plan that was drained has been tried.
+    pub fn on_applied(&mut self) {
+        for name in std::mem::take(&mut self.drained) {
+            if !self.applied.contains(&name) {
+                self.applied.push(name);
+            }
+        }
+    }
+
+    /// What makes the maps, as dumped, what they should be after the last drain; anything in it is a surprise.
+    pub fn audit(&self, dump: &MapDump) -> Plan {
+        let mut plan = self.lb.audit(&dump.lb);
+        plan.merge(self.ipcache.audit(&dump.ipcache));
+        plan.merge(self.local.audit(&dump.endpoints));
+        plan
+    }
+
+    /// What to log, since the last call.
+    pub fn take_notices(&mut self) -> Vec<Notice> {
+        std::mem::take(&mut self.notices)
+    }
+
+    /// Routes into the overlay, if they may have changed since the last call.
+    pub fn take_routes(&mut self) -> Option<RemoteCidrs> {
+        std::mem::take(&mut self.routes_changed).then(|| RemoteCidrs {
+            cidrs: self.routes.routes().map(|route| route.destination).collect(),
+            complete: self.ipcache.prune_ready(),
+        })
+    }
+
+    // === feeds ===
+
+    fn add_feed(&mut self, feed: Feed, prefix: String, value_len_max: usize) -> FeedChange {
+        self.feeds_made += 1;
+        let name: Arc<str> = format!("{prefix}#{}", self.feeds_made).into();
+        self.feeds.insert(Arc::clone(&name), feed);
+        FeedChange::Add {
+            name,
+            prefix,
+            value_len_max,
+        }
+    }
+
+    fn remove_feed(&mut self, feed: &Feed) -> Option<FeedChange> {
+        let name = self
+            .feeds
+            .iter()
+            .find(|(_, known)| *known == feed)
+            .map(|(name, _)| Arc::clone(name))?;
+        self.feeds.remove(&name);
+        Some(FeedChange::Remove(name))
+    }
+
+    fn perform(&mut self, effects: Vec<Effect>) -> Vec<FeedChange> {
+        let mut changes = vec![];
+        for effect in effects {
+            match effect {
+                Effect::Join(name, id) => {
+                    self.notices.push(Notice::Joined(name.clone(), id));
+                    let prefix = format!("{}{name}/", keys::SYNCED);
+                    changes.push(self.add_feed(Feed::Canaries(name), prefix, VALUE_LEN_MAX));
+                }
+                Effect::Follow(source) => {
+                    let (prefix, limit) = (source.prefix(), source.kind.value_len_max());
+                    changes.push(self.add_feed(Feed::Objects(source), prefix, limit));
+                }
+                Effect::Unfollow(source) => changes.extend(self.remove_feed(&Feed::Objects(source))),
+                Effect::Reread(name, _) => {
+                    self.rereading.insert(name, vec![]);
+                }
+                Effect::Drain(name, id) => {
+                    changes.extend(self.remove_feed(&Feed::Canaries(name.clone())));
+                    self.drain_cluster(&name, id);
+                    self.notices.push(Notice::Left(name, id));
+                }
+            }
+        }
+        self.tell_clusters();
+        changes
+    }
+
+    fn tell_clusters(&mut self) {
+        if let Some(ids) = self.sources.all_ids() {
+            self.lb.clusters_listed(ids.iter().copied());
+            self.ipcache.clusters_listed(ids.iter().copied());
+            self.routes.clusters_listed(ids.iter().copied());
+            self.routes_changed = true;
+        }
+    }
+
+    fn drain_cluster(&mut self, name: &ClusterName, id: ClusterId) {
+        self.lb.cluster_removed(id);
+        self.ipcache.cluster_removed(id);
+        self.routes.cluster_removed(id);
+        self.routes_changed = true;
+        self.nodes.retain(|(cluster, _), _| cluster != name);
+        let range = IdentityRange::of(id, self.identity.max);
+        self.identities.retain(|identity, _| !range.contains(*identity));
+        self.json_slices.retain(|(cluster, _), _| cluster != name);
+        self.rereading.remove(name);
+        self.applied.retain(|cluster| cluster != name);
+        self.drained.retain(|cluster| cluster != name);
+    }
+
+    // === what the upstream said ===
+
+    fn on_put(&mut self, feed: Feed, key: &[u8], value: &[u8]) -> Vec<FeedChange> {
+        match feed {
+            Feed::Objects(source) => {
+                let range = IdentityRange::of(source.cluster_id, self.identity.max);
+                match decode::object(&source, range, key, value) {
+                    Ok(object) => {
+                        self.refusals.settle(key);
+                        self.put_or_buffer(&source, object);
+                    }
+                    Err(refusal) => self.refuse(&source.cluster, key, &refusal),
+                }
+                vec![]
+            }
+            Feed::Heartbeat => {
+                if self.heartbeat != value {
+                    self.heartbeats += 1;
+                    self.heartbeat = value.to_vec();
+                }
+                vec![]
+            }
+            Feed::Canaries(_) => {
+                let effects = match keys::suffix(key, keys::SYNCED) {
+                    Ok(suffix) => self.sources.on_canary(suffix),
+                    Err(_) => vec![],
+                };
+                self.perform(effects)
+            }
+            Feed::Configs => {
+                let read = cluster_of(key, keys::CLUSTER_CONFIG)
+                    .and_then(|name| Ok((name, ClusterConfig::decode(value)?)));
+                match read {
+                    Ok((name, config)) => {
+                        self.refusals.settle(key);
+                        let effects = self.sources.on_config(&name, &config);
+                        self.perform(effects)
+                    }
+                    Err(refusal) => {
+                        let own = self.identity.cluster.clone();
+                        self.refuse(&own, key, &refusal);
+                        vec![]
+                    }
+                }
+            }
+            Feed::Statuses => {
+                let read = cluster_of(key, keys::REMOTE_STATUS)
+                    .and_then(|name| Ok((name, RemoteStatus::decode(value)?)));
+                match read {
+                    Ok((name, status)) => {
+                        self.refusals.settle(key);
+                        let before = self.sources.all_ids();
+                        self.sources.on_status(&name, status.cluster_id);
+                        self.statuses.insert(name, status);
+                        if self.sources.all_ids() != before {
+                            self.tell_clusters();
+                        }
+                    }
+                    Err(refusal) => {
+                        let own = self.identity.cluster.clone();
+                        self.refuse(&own, key, &refusal);
+                    }
+                }
+                vec![]
+            }
+        }
+    }
+
+    fn on_delete(&mut self, feed: Feed, key: &[u8]) -> Vec<FeedChange> {
+        self.refusals.settle(key);
+        match feed {
+            Feed::Objects(source) => {
+                // A key that does not read was refused when it was put: there is nothing to remove.
+                if let Ok(name) = decode::object_name(&source, key) {
+                    self.gone_or_buffer(&source, name);
+                }
+                vec![]
+            }
+            Feed::Heartbeat => vec![],
+            Feed::Canaries(_) => {
+                if let Ok(suffix) = keys::suffix(key, keys::SYNCED) {
+                    self.sources.on_canary_gone(suffix);
+                }
+                vec![]
+            }
+            Feed::Configs => {
+                let effects = match cluster_of(key, keys::CLUSTER_CONFIG) {
+                    Ok(name) => self.sources.on_config_gone(&name),
+                    Err(_) => vec![],
+                };
+                self.perform(effects)
+            }
+            Feed::Statuses => {
+                let effects = match cluster_of(key, keys::REMOTE_STATUS) {
+                    Ok(name) => {
+                        self.statuses.remove(&name);
+                        self.sources.on_status_gone(&name)
+                    }
+                    Err(_) => vec![],
+                };
+                self.perform(effects)
+            }
+        }
+    }
+
+    fn on_synced(&mut self, feed: Feed) -> Vec<FeedChange> {
+        match feed {
+            Feed::Configs => {
+                self.sources.on_configs_listed();
+                self.perform(vec![])
+            }
+            Feed::Statuses => {
+                let effects = self.sources.on_statuses_listed();
+                self.perform(effects)
+            }
+            Feed::Heartbeat | Feed::Canaries(_) => vec![],
+            Feed::Objects(source) => {
+                if self.sources.on_listed(&source) {
+                    self.on_listed(&source);
+                }
+                vec![]
+            }
+        }
+    }
+
+    fn on_listed(&mut self, source: &Source) {
+        match source.kind {
+            Kind::Nodes => {
+                self.table_synced(source.cluster_id, SourceTable::Nodes);
+                self.routes_changed = true;
+            }
+            Kind::Ip => {
+                self.table_synced(source.cluster_id, SourceTable::IpEntries);
+                self.routes_changed = true;
+            }
+            Kind::Identities => {}
+            Kind::Frames | Kind::Slices | Kind::Services => {
+                if self.rereading.contains_key(&source.cluster) {
+                    self.finish_reread(source);
+                    return;
+                }
+                match source.kind {
+                    Kind::Frames => self.table_synced(source.cluster_id, SourceTable::Frames),
+                    Kind::Slices => self.table_synced(source.cluster_id, SourceTable::Slices),
+                    _ => {
+                        self.table_synced(source.cluster_id, SourceTable::Frames);
+                        self.table_synced(source.cluster_id, SourceTable::Slices);
+                    }
+                }
+            }
+        }
+    }
+
+    fn table_synced(&mut self, cluster: ClusterId, table: SourceTable) {
+        let source = MeshSource { cluster, table };
+        self.lb.source_synced(source);
+        self.ipcache.source_synced(source);
+        self.routes.source_synced(source);
+    }
+
+    /// Swaps a cluster's services for what was read in the new form, once that is listed in full. Between two drains,
+    /// so that backends which both forms name are not touched.
+    fn finish_reread(&mut self, source: &Source) {
+        let listed = self
+            .sources
+            .clusters()
+            .any(|(name, cluster)| *name == source.cluster && cluster.services_listed());
+        if !listed {
+            return;
+        }
+        let buffered = self.rereading.remove(&source.cluster).unwrap_or_default();
+        self.lb.cluster_removed(source.cluster_id);
+        self.json_slices
+            .retain(|(cluster, _), _| *cluster != source.cluster);
+        for change in buffered {
+            match change {
+                Buffered::Put(object) => self.put(source, object),
+                Buffered::Gone(name) => self.gone(source, name),
+            }
+        }
+        self.tell_clusters();
+        self.table_synced(source.cluster_id, SourceTable::Frames);
+        self.table_synced(source.cluster_id, SourceTable::Slices);
+    }
+
+    fn put_or_buffer(&mut self, source: &Source, object: Object) {
+        match self.rereading.get_mut(&source.cluster) {
+            Some(buffer) if is_service(source.kind) => buffer.push(Buffered::Put(object)),
+            _ => self.put(source, object),
+        }
+    }
+
+    fn gone_or_buffer(&mut self, source: &Source, name: ObjectName) {
+        match self.rereading.get_mut(&source.cluster) {
+            Some(buffer) if is_service(source.kind) => buffer.push(Buffered::Gone(name)),
+            _ => self.gone(source, name),
+        }
+    }
+
+    fn put(&mut self, source: &Source, object: Object) {
+        let own = source.cluster == self.identity.cluster;
+        match object {
+            Object::Node(node) => {
+                self.ipcache.upsert_node(&node);
+                self.routes.upsert_node(&node);
+                self.routes_changed = true;
+                if own && node.name == self.identity.node {
+                    self.local.set_node(LocalNode::new(&node));
+                }
+                self.nodes
+                    .insert((source.cluster.clone(), node.name.clone()), node);
+            }
+            Object::Ip(entry) => {
+                self.ipcache.upsert_entry(source.cluster_id, &entry);
+                if own {
+                    self.local.set_identity(entry.prefix, Some(entry.identity));
+                }
+            }
+            Object::Identity(number, labels) => {
+                self.identities.insert(number, labels);
+            }
+            Object::Frame(frame) => {
+                if own && frame.global {
+                    self.global.insert(frame.name.clone());
+                } else if own {
+                    self.global.remove(&frame.name);
+                }
+                self.lb.upsert_frame(&frame);
+            }
+            Object::Slice(slice) => self.lb.upsert_slice(&slice),
+            Object::Service(frame, slices) => {
+                let key = (source.cluster.clone(), frame.name.clone());
+                let before = self.json_slices.insert(key, slices.len()).unwrap_or(0);
+                self.lb.upsert_frame(&frame);
+                for slice in &slices {
+                    self.lb.upsert_slice(slice);
+                }
+                for number in slices.len()..before {
+                    self.lb
+                        .delete_slice(source.cluster_id, &frame.name, &json_slice(number));
+                }
+            }
+        }
+    }
+
+    fn gone(&mut self, source: &Source, name: ObjectName) {
+        let own = source.cluster == self.identity.cluster;
+        match name {
+            ObjectName::Node(name) => {
+                // This node's own object comes back with the operator; until then the node works on what it was told.
+                if own && name == self.identity.node {
+                    return;
+                }
+                self.ipcache.delete_node(source.cluster_id, &name);
+                self.routes.delete_node(source.cluster_id, &name);
+                self.routes_changed = true;
+                self.nodes.remove(&(source.cluster.clone(), name));
+            }
+            ObjectName::Ip(prefix) => {
+                self.ipcache.delete_entry(source.cluster_id, prefix);
+                if own {
+                    self.local.set_identity(prefix, None);
+                }
+            }
+            ObjectName::Identity(number) => {
+                self.identities.remove(&number);
+            }
+            ObjectName::Service(name) => {
+                self.lb.delete_frame(source.cluster_id, &name);
+                if own {
+                    self.global.remove(&name);
+                }
+                let key = (source.cluster.clone(), name);
+                for number in 0..self.json_slices.remove(&key).unwrap_or(0) {
+                    self.lb
+                        .delete_slice(source.cluster_id, &key.1, &json_slice(number));
+                }
+            }
+            ObjectName::Slice(service, slice) => self.lb.delete_slice(source.cluster_id, &service, &slice),
+        }
+    }
+
+    fn refuse(&mut self, cluster: &ClusterName, key: &[u8], refusal: &Refusal) {
+        if self.refusals.count(cluster, key, refusal) {
+            self.notices.push(Notice::Refused {
+                cluster: cluster.clone(),
+                key: String::from_utf8_lossy(key).chars().take(256).collect(),
+                reason: refusal.reason(),
+                why: crate::endpoints::keeper::chain(refusal),
+            });
+        }
+    }
+}
+
+fn is_service(kind: Kind) -> bool {
+    matches!(kind, Kind::Frames | Kind::Slices | Kind::Services)
+}
+
+/// The name that `wire` gives to the n-th slice of a service in Cilium's form.
+fn json_slice(number: usize) -> String {
+    format!("json-{number}")
+}
+
+fn cluster_of(key: &[u8], prefix: &str) -> Result<ClusterName, Refusal> {
+    Ok(ClusterName::new(keys::suffix(key, prefix)?)?)
+}
+
+#[cfg(test)]
+mod tests;

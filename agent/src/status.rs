@@ -1,0 +1,408 @@
+//! How the agent is: one state for each subsystem, with the age of what it rests on. Pure; times are since the agent's start.
+//!
+//! In: [`Facts`]. Out: [`Subsystem`]s, used alike by `/readyz`, the CLI and metrics, so that they cannot tell different
+//! stories.
+//!
+//! Rules: green means that the thing itself was seen to work lately, and says how lately. Readiness waits for the own
+//! cluster's content to be in the maps, and, bounded by a timeout, for that of every remote cluster that is connected.
+//! What was ready once degrades; it does not become unready, since the datapath goes on with what it has.
+
+use std::time::Duration;
+
+use isthmus_mesh::reconcile::Progress;
+use isthmus_runtime::State as Health;
+
+use crate::{
+    endpoints::keeper::Network,
+    probe::{NodeKey, Verdict},
+    state::{RemoteView, State, views::kind_name},
+};
+
+/// A heartbeat that is older is late: it is written once a minute.
+const HEARTBEAT_AGE_MAX: Duration = Duration::from_secs(120);
+/// How many names a message lists.
+const NAMES_MAX: usize = 5;
+
+/// The connection to the own cluster's API server.
+#[derive(Clone, Debug, Default)]
+pub struct Upstream {
+    /// Where it is connected to.
+    pub endpoint: String,
+    /// A connection stands.
+    pub connected: bool,
+    /// When that changed last.
+    pub changed_at: Duration,
+    /// Why the last connection failed or ended.
+    pub error: String,
+    /// Connections that failed or ended.
+    pub failures: u64,
+    /// When anything was heard last.
+    pub heard_at: Option<Duration>,
+    /// When the own cluster's heartbeat was last seen to change.
+    pub heartbeat_at: Option<Duration>,
+    /// A feed that is refused, and why.
+    pub refused_feed: Option<(String, String)>,
+}
+
+/// Everything that a status is made from.
+#[derive(Debug)]
+pub struct Facts {
+    /// What is known.
+    pub state: State,
+    /// The upstream.
+    pub upstream: Upstream,
+    /// How far the maps are.
+    pub progress: Progress,
+    /// Devices and routes.
+    pub network: Network,
+    /// Probes; `None` if they are off.
+    pub probes: Option<Vec<(NodeKey, Verdict)>>,
+    /// Bound on waiting for remote clusters.
+    pub sync_timeout: Duration,
+    /// Remote clusters were waited for long enough, once and for all.
+    pub remotes_passed: bool,
+    /// Full passes that failed since the last one that did not, and why.
+    pub compare_error: Option<String>,
+}
+
+/// One subsystem.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Subsystem {
+    /// Its name.
+    pub name: &'static str,
+    /// How it is.
+    pub health: Health,
+    /// Age of what that rests on.
+    pub age: Option<Duration>,
+}
+
+/// All subsystems.
+pub fn subsystems(facts: &Facts, now: Duration) -> Vec<Subsystem> {
+    let heard = facts.upstream.heard_at.map(|at| now.saturating_sub(at));
+    let mut all = vec![
+        Subsystem {
+            name: "kvstore",
+            health: kvstore(facts, now),
+            age: facts.upstream.heartbeat_at.map(|at| now.saturating_sub(at)),
+        },
+        Subsystem {
+            name: "clustermesh",
+            health: clustermesh(facts, now),
+            age: heard,
+        },
+        Subsystem {
+            name: "loadbalancer",
+            health: loadbalancer(facts),
+            age: heard,
+        },
+        Subsystem {
+            name: "ipcache",
+            health: ipcache(facts),
+            age: heard,
+        },
+        Subsystem {
+            name: "endpoints",
+            health: endpoints(facts),
+            age: None,
+        },
+        Subsystem {
+            name: "datapath",
+            health: datapath(facts),
+            age: None,
+        },
+    ];
+    if let Some(probes) = &facts.probes {
+        let oldest = probes
+            .iter()
+            .filter_map(|(_, verdict)| verdict.last_success)
+            .min();
+        all.push(Subsystem {
+            name: "probe",
+            health: probe(probes, now),
+            age: oldest.map(|at| now.saturating_sub(at)),
+        });
+    }
+    all
+}
+
+/// Whether readiness need not wait for remote clusters (any more).
+pub fn remotes_pass(facts: &Facts, now: Duration) -> bool {
+    let expected = |remote: &&RemoteView| remote.is_connected() && remote.refused.is_none();
+    let own = facts.state.own().is_some_and(|own| own.applied);
+    // Before the list of clusters is complete nobody knows whom to wait for.
+    let listed = facts.state.is_listed();
+    let done = own
+        && listed
+        && facts
+            .state
+            .remotes()
+            .iter()
+            .filter(expected)
+            .all(RemoteView::is_applied);
+    facts.remotes_passed || done || (own && now >= facts.sync_timeout)
+}
+
+fn kvstore(facts: &Facts, now: Duration) -> Health {
+    let upstream = &facts.upstream;
+    if let Some(refusal) = facts.state.own_refused() {
+        return Health::Failed(refusal.to_string());
+    }
+    let since = now.saturating_sub(upstream.changed_at);
+    if !upstream.connected {
+        return match upstream.heard_at {
+            None => Health::Starting(match upstream.error.as_str() {
+                "" => "connecting to the clustermesh-apiserver".to_owned(),
+                error => error.to_owned(),
+            }),
+            Some(_) => Health::Degraded(format!(
+                "lost {} ago, working on what was known then: {}",
+                seconds(since),
+                upstream.error
+            )),
+        };
+    }
+    if let Some((feed, error)) = &upstream.refused_feed {
+        return Health::Degraded(format!("cannot read {feed}: {error}"));
+    }
+    let connected = format!("connected to {} for {}", upstream.endpoint, seconds(since));
+    match upstream.heartbeat_at.map(|at| now.saturating_sub(at)) {
+        None => Health::Ok(format!("{connected}, no heartbeat seen")),
+        Some(age) if age > HEARTBEAT_AGE_MAX => Health::Degraded(format!(
+            "{connected}, but the last heartbeat is {} old: the operator does not write, or the API server does not follow",
+            seconds(age)
+        )),
+        Some(age) => Health::Ok(format!("{connected}, heartbeat {} ago", seconds(age))),
+    }
+}
+
+fn clustermesh(facts: &Facts, now: Duration) -> Health {
+    let remotes = facts.state.remotes();
+    let late: Vec<String> = remotes
+        .iter()
+        .filter(|remote| !remote.is_ready())
+        .map(|remote| format!("{}: {}", remote.name, remote.summary()))
+        .collect();
+    let ready = format!(
+        "{}/{} remote clusters ready",
+        remotes.len() - late.len(),
+        remotes.len()
+    );
+    if !remotes_pass(facts, now) {
+        let why = if late.is_empty() {
+            "waiting for the own cluster".to_owned()
+        } else {
+            list(&late)
+        };
+        return Health::Starting(format!("{ready}; {why}"));
+    }
+    if late.is_empty() {
+        Health::Ok(ready)
+    } else {
+        Health::Degraded(format!("{ready}; {}", list(&late)))
+    }
+}
+
+/// What the own cluster still lacks; `None` once all of it was written to the maps.
+fn own_missing(facts: &Facts) -> Option<String> {
+    let Some(own) = facts.state.own() else {
+        return Some("waiting for the operator to publish this cluster's config".to_owned());
+    };
+    if own.applied {
+        return None;
+    }
+    let missing: Vec<String> = own
+        .missing
+        .iter()
+        .map(|(kind, canary)| {
+            let what = if *canary {
+                "waiting for the operator to publish all"
+            } else {
+                "reading"
+            };
+            format!("{what} {}", kind_name(*kind))
+        })
+        .collect();
+    Some(if missing.is_empty() {
+        "writing the maps".to_owned()
+    } else {
+        list(&missing)
+    })
+}
+
+fn loadbalancer(facts: &Facts) -> Health {
+    if let Some(missing) = own_missing(facts) {
+        return Health::Starting(missing);
+    }
+    let stats = facts.state.lb().stats();
+    let sizes = format!(
+        "{} services, {} frontends, {} backends",
+        stats.services, stats.frontends, stats.backends
+    );
+    let mut wrong = vec![];
+    if stats.overflow > 0 {
+        wrong.push(format!(
+            "{} usable backends have no room in their service",
+            stats.overflow
+        ));
+    }
+    if stats.frontend_conflicts > 0 {
+        wrong.push(format!(
+            "{} frontends are claimed by several services",
+            stats.frontend_conflicts
+        ));
+    }
+    if stats.backend_conflicts > 0 {
+        wrong.push(format!(
+            "{} backends are named by several clusters",
+            stats.backend_conflicts
+        ));
+    }
+    ok_unless(sizes, &wrong)
+}
+
+fn ipcache(facts: &Facts) -> Health {
+    if let Some(missing) = own_missing(facts) {
+        return Health::Starting(missing);
+    }
+    let ipcache = facts.state.ipcache();
+    let sizes = format!(
+        "{} prefixes, {} identities",
+        ipcache.len(),
+        facts.state.identities().len()
+    );
+    let mut wrong = vec![];
+    if ipcache.conflicts() > 0 {
+        wrong.push(format!(
+            "{} prefixes are named by several clusters",
+            ipcache.conflicts()
+        ));
+    }
+    if facts.state.routes().conflicts() > 0 {
+        wrong.push(format!(
+            "{} pod CIDRs are used by several clusters",
+            facts.state.routes().conflicts()
+        ));
+    }
+    ok_unless(sizes, &wrong)
+}
+
+fn endpoints(facts: &Facts) -> Health {
+    match &facts.network {
+        Network::NotReady(why) => Health::Starting(why.clone()),
+        Network::Ready { .. } => {
+            let local = facts.state.local();
+            let all = local.endpoints();
+            let unknown = all
+                .iter()
+                .filter(|endpoint| local.identity_of(endpoint) == isthmus_model::NumericIdentity::INIT)
+                .count();
+            let text = format!("{} endpoints", all.len());
+            Health::Ok(if unknown == 0 {
+                text
+            } else {
+                format!("{text}, {unknown} without an identity yet")
+            })
+        }
+    }
+}
+
+fn datapath(facts: &Facts) -> Health {
+    match (&facts.network, &facts.progress.error, &facts.compare_error) {
+        (_, Some(error), _) => Health::Degraded(format!(
+            "{} map operations wait for another try: {error}",
+            facts.progress.held
+        )),
+        (Network::NotReady(why), ..) => Health::Starting(why.clone()),
+        (_, _, Some(error)) => Health::Degraded(format!("maps cannot be compared: {error}")),
+        (Network::Ready { mtu }, ..) => Health::Ok(format!(
+            "programs attached, overlay up with MTU {mtu}, {} map operations applied",
+            facts.progress.applied_total
+        )),
+    }
+}
+
+fn probe(probes: &[(NodeKey, Verdict)], now: Duration) -> Health {
+    let bad: Vec<String> = probes
+        .iter()
+        .filter(|(_, verdict)| verdict.is_unreachable())
+        .map(|(key, verdict)| {
+            let since = match verdict.last_success {
+                Some(at) => format!("for {}", seconds(now.saturating_sub(at))),
+                None => "since the agent started".to_owned(),
+            };
+            format!(
+                "node {} of cluster {} unreachable {since}: {}",
+                key.node, key.cluster, verdict.cause
+            )
+        })
+        .collect();
+    let answered = probes
+        .iter()
+        .filter(|(_, verdict)| verdict.misses == 0 && verdict.last_success.is_some())
+        .count();
+    let text = format!(
+        "{answered}/{} other nodes answer through the tunnel",
+        probes.len()
+    );
+    ok_unless(text, &bad)
+}
+
+fn ok_unless(text: String, wrong: &[String]) -> Health {
+    if wrong.is_empty() {
+        Health::Ok(text)
+    } else {
+        Health::Degraded(format!("{text}; {}", list(wrong)))
+    }
+}
+
+fn list(texts: &[String]) -> String {
+    let shown = texts
+        .iter()
+        .take(NAMES_MAX)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join("; ");
+    match texts.len().checked_sub(NAMES_MAX) {
+        Some(more) if more > 0 => format!("{shown}; and {more} more"),
+        _ => shown,
+    }
+}
+
+fn seconds(duration: Duration) -> String {
+    format!("{:.1} s", duration.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_lists_are_cut() {
+        let texts: Vec<String> = (0..8).map(|n| n.to_string()).collect();
+        assert_eq!(list(&texts), "0; 1; 2; 3; 4; and 3 more");
+        assert_eq!(list(&texts[..2]), "0; 1");
+        assert_eq!(list(&texts[..5]), "0; 1; 2; 3; 4");
+    }
+
+    #[test]
+    fn an_unreachable_node_is_named_with_cluster_and_cause() {
+        let key = NodeKey {
+            cluster: isthmus_model::ClusterName::new("c2").unwrap(),
+            node: "n1".into(),
+        };
+        let verdict = Verdict {
+            misses: 2,
+            cause: "no answer through the tunnel".into(),
+            last_success: Some(Duration::from_secs(3)),
+            ..Verdict::default()
+        };
+        let health = probe(&[(key, verdict)], Duration::from_secs(10));
+        let Health::Degraded(text) = health else {
+            panic!("{health:?}");
+        };
+        assert_eq!(
+            text,
+            "0/1 other nodes answer through the tunnel; node n1 of cluster c2 unreachable for 7.0 s: no answer through the tunnel"
+        );
+    }
+}
