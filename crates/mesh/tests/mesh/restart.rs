@@ -34,7 +34,9 @@ fn as_events(tables: &Tables) -> impl Iterator<Item = Event> + '_ {
         .chain(tables.slices.values().cloned().map(Event::Slice))
 }
 
-fn some_debris() -> impl Strategy<Value = (Vec<(ServiceKey, ServiceValue)>, Vec<(u32, Backend)>)> {
+type Entries<K, V> = Vec<(K, V)>;
+
+fn some_debris() -> impl Strategy<Value = (Entries<ServiceKey, ServiceValue>, Entries<u32, Backend>)> {
     let key = (
         1u8..4,
         80u16..82,
