@@ -1,6 +1,6 @@
 //! Flags, and the checked configuration that they become.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{ArgAction, Parser};
 use isthmus_k8s::{Cluster, LabelFilter};
@@ -63,6 +63,12 @@ pub struct Args {
         value_name = "RULES"
     )]
     pub labels: String,
+    /// An identity that no pod has is removed after so many seconds.
+    #[arg(
+        long, env = "ISTHMUS_IDENTITY_GRACE_SECONDS", default_value_t = 900, value_name = "SECONDS",
+        value_parser = clap::value_parser!(u64).range(60..=86_400)
+    )]
+    pub identity_grace_seconds: u64,
     /// Address of /healthz, /readyz and /metrics.
     #[arg(
         long,
@@ -123,7 +129,10 @@ impl Config {
                 max_clusters,
                 filter,
                 cilium_services: args.cilium_services,
-                retention: Retention::default(),
+                retention: Retention {
+                    grace: Duration::from_secs(args.identity_grace_seconds),
+                    ..Retention::default()
+                },
             },
             etcd,
             kubeconfig: args.k8s_kubeconfig_path,
@@ -213,6 +222,10 @@ mod tests {
             (
                 &["--cluster-id", "1", "--k8s-kubeconfig-path", "/nowhere"],
                 &["--k8s-kubeconfig-path", "/nowhere"],
+            ),
+            (
+                &["--cluster-id", "1", "--identity-grace-seconds", "5"],
+                &["--identity-grace-seconds", "60"],
             ),
             (
                 &["--cluster-id", "1", "--admin-listen", "9963"],

@@ -37,6 +37,8 @@ use publish::Publisher;
 
 /// Longest wait for a connection to the Kubernetes API.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest silence of the Kubernetes API while an answer is due; a little more than a watch stays open.
+const READ_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// An operator that is ready to run.
 pub struct Operator {
@@ -129,5 +131,7 @@ async fn kube_client(config: &Config) -> anyhow::Result<Client> {
         )?,
     };
     kube_config.connect_timeout = Some(CONNECT_TIMEOUT);
+    kube_config.read_timeout = Some(READ_TIMEOUT);
+    kube_config.reset_reader_on_write = true;
     Client::try_from(kube_config).context("cannot make a client for the Kubernetes API")
 }

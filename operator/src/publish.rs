@@ -9,17 +9,15 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    pin::Pin,
     time::{Duration, SystemTime},
 };
 
-use isthmus_kvstore::{EtcdConfig, Writer, WriterOptions, WriterStatus, rfc3339};
+use isthmus_kvstore::{EtcdConfig, Writer, rfc3339};
 use isthmus_model::ClusterName;
 use isthmus_runtime::{CancellationToken, Health, State as HealthState};
 use isthmus_wire::{ClusterConfig, keys};
 use tokio::{
     sync::{mpsc, watch},
-    task::JoinHandle,
     time::{Instant, MissedTickBehavior, interval},
 };
 
@@ -32,6 +30,9 @@ use crate::{
     },
     watch::Told,
 };
+use term::{Phase, Progress, Term};
+
+mod term;
 
 /// Events taken in before what changed is handed over.
 const BATCH_LEN_MAX: usize = 256;
@@ -39,6 +40,9 @@ const BATCH_LEN_MAX: usize = 256;
 const TICK: Duration = Duration::from_secs(1);
 /// Identities are looked through every so many ticks.
 const COLLECT_TICKS: u32 = 10;
+/// A watch that has failed counts as failing for so long, unless an event shows that it works: retries are 15 s apart at most, and a
+/// watch that works again may have nothing to tell.
+const FAILING_FOR: Duration = Duration::from_secs(45);
 /// If nobody is known to lead for so long, this process keeps the heartbeat going.
 const HEARTBEAT_AFTER: Duration = Duration::from_secs(5);
 
@@ -56,68 +60,6 @@ pub struct Publisher {
     pub metrics: OperatorMetrics,
     /// Health.
     pub health: Health,
-}
-
-/// One writer and how far it is.
-struct Term {
-    writer: Writer,
-    task: JoinHandle<()>,
-    stop: CancellationToken,
-    phase: Phase,
-    counted: WriterStatus,
-}
-
-enum Phase {
-    /// Not leading: only the heartbeat is written.
-    Heartbeat,
-    /// Reads what etcd holds.
-    Listing,
-    /// Waits for Kubernetes.
-    Syncing,
-    /// Waits until everything is written.
-    Flushing(Pin<Box<dyn Future<Output = ()> + Send>>),
-    /// Everything was written once.
-    Live,
-}
-
-impl Term {
-    fn start(etcd: &EtcdConfig, scopes: Vec<String>, phase: Phase, stop: CancellationToken) -> Self {
-        let (writer, task) = Writer::start(etcd.clone(), WriterOptions::new(scopes), stop.clone());
-        Self {
-            writer,
-            task,
-            stop,
-            phase,
-            counted: WriterStatus::default(),
-        }
-    }
-
-    fn publishes(&self) -> bool {
-        matches!(self.phase, Phase::Flushing(_) | Phase::Live)
-    }
-
-    /// Resolves when the phase is over, or the writer has ended.
-    async fn progress(term: &mut Option<Self>) -> Progress {
-        let Some(term) = term else {
-            return std::future::pending().await;
-        };
-        let phase = async {
-            match &mut term.phase {
-                Phase::Listing => term.writer.listed().await,
-                Phase::Flushing(flush) => flush.as_mut().await,
-                Phase::Heartbeat | Phase::Syncing | Phase::Live => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            _ = &mut term.task => Progress::Ended,
-            () = phase => Progress::Done,
-        }
-    }
-}
-
-enum Progress {
-    Done,
-    Ended,
 }
 
 impl Publisher {
@@ -161,10 +103,6 @@ impl Publisher {
                     Err(_) => break,
                 },
                 progress = Term::progress(&mut term) => run.on_progress(progress, &mut term, &leadership),
-                count = told.recv_many(&mut batch, BATCH_LEN_MAX) => match count {
-                    0 => break,
-                    _ => batch.drain(..).for_each(|told| run.on_told(told)),
-                },
                 _ = tick.tick() => {
                     ticks = ticks.wrapping_add(1);
                     if ticks.is_multiple_of(COLLECT_TICKS) {
@@ -172,6 +110,10 @@ impl Publisher {
                     }
                     run.on_tick(&mut term, told.len());
                 }
+                count = told.recv_many(&mut batch, BATCH_LEN_MAX) => match count {
+                    0 => break,
+                    _ => batch.drain(..).for_each(|told| run.on_told(told)),
+                },
             }
             run.publish(&mut term);
         }
@@ -189,8 +131,8 @@ struct Run {
     origin: Instant,
     role: Role,
     leaderless_since: Instant,
-    /// Kinds whose watch fails, and why.
-    failing: BTreeMap<Kind, String>,
+    /// Kinds whose watch fails, why, and when it last did.
+    failing: BTreeMap<Kind, (String, Instant)>,
     exhausted: bool,
 }
 
@@ -280,7 +222,11 @@ impl Run {
             Told::Event(input) => *input,
             Told::Failed { kind, error } => {
                 self.metrics.watch_errors.get_or_create(&kind.into()).inc();
-                if self.failing.insert(kind, error.clone()).is_none() {
+                if self
+                    .failing
+                    .insert(kind, (error.clone(), Instant::now()))
+                    .is_none()
+                {
                     tracing::warn!(
                         kind = kind.as_str(),
                         error,
@@ -293,7 +239,7 @@ impl Run {
         let kind = kind_of(&input);
         self.metrics.events.get_or_create(&kind.into()).inc();
         if self.failing.remove(&kind).is_some() {
-            tracing::info!(kind = kind.as_str(), "watch of the Kubernetes API works again");
+            works_again(kind);
         }
         for report in self.state.on(input) {
             let labels = ProblemLabels {
@@ -372,6 +318,10 @@ impl Run {
                 CancellationToken::new(),
             ));
         }
+        let over = self
+            .failing
+            .extract_if(.., |_, (_, at)| at.elapsed() >= FAILING_FOR);
+        over.for_each(|(kind, _)| works_again(kind));
         for kind in Kind::ALL {
             self.metrics
                 .objects
@@ -428,7 +378,7 @@ impl Run {
         let failing = self
             .failing
             .iter()
-            .map(|(kind, error)| format!("{}: {error}", kind.as_str()));
+            .map(|(kind, (error, _))| format!("{}: {error}", kind.as_str()));
         let failing = failing.collect::<Vec<_>>().join("; ");
         let unsynced: BTreeSet<_> = Kind::ALL
             .into_iter()
@@ -467,6 +417,10 @@ impl Run {
             (Role::Unknown, _) => HealthState::Starting("looking for a leader".into()),
         }
     }
+}
+
+fn works_again(kind: Kind) {
+    tracing::info!(kind = kind.as_str(), "watch of the Kubernetes API works again");
 }
 
 fn kind_of(input: &Input) -> Kind {
