@@ -379,7 +379,7 @@ mod tests {
     #[test]
     fn a_remote_cidr_never_covers_the_own_one() {
         let remote = cidrs(&["10.1.0.0/24", "10.0.0.0/8", "10.1.0.128/25", "10.1.1.0/24"]);
-        let wanted = wanted_routes(Some((&node(), 7)), &remote, &Arc::new([]));
+        let wanted = wanted_routes(Some((&node(), 7)), &remote, &(Arc::new([]) as EndpointList));
         assert_eq!(wanted.len(), 1);
     }
 

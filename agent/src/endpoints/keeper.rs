@@ -7,10 +7,11 @@
 //! Invariants: a call is answered after what it changed was saved and, for a new endpoint, applied; a call that failed
 //! half-way may be repeated and goes on from there.
 
-use std::{collections::BTreeSet, net::IpAddr, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use isthmus_datapath::Datapath;
+use nix::net::if_::if_nametoindex;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
@@ -397,11 +398,8 @@ fn interface_exists(endpoint: &Endpoint) -> bool {
     let Some(device) = &endpoint.device else {
         return true;
     };
-    // The name is ours, hexadecimal; a path in it would have been refused when it was recorded.
-    let path = Path::new("/sys/class/net")
-        .join(&endpoint.host_ifname)
-        .join("ifindex");
-    std::fs::read_to_string(path).is_ok_and(|text| text.trim().parse() == Ok(device.host_ifindex))
+    // Not /sys/class/net: what that shows is the network namespace of whoever mounted it.
+    if_nametoindex(endpoint.host_ifname.as_str()).is_ok_and(|index| index == device.host_ifindex)
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, KeeperError> {

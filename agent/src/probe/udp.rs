@@ -67,10 +67,14 @@ pub struct Answer {
 impl ProbeSockets {
     /// Binds both to `router_ip`, the responder to `port`.
     pub async fn bind(router_ip: IpAddr, port: u16) -> io::Result<Self> {
-        Ok(Self {
+        let sockets = Self {
             responder: UdpSocket::bind(SocketAddr::new(router_ip, port)).await?,
             prober: UdpSocket::bind(SocketAddr::new(router_ip, 0)).await?,
-        })
+        };
+        // Until it was seen once that a socket can be written to, tokio would refuse to.
+        sockets.responder.writable().await?;
+        sockets.prober.writable().await?;
+        Ok(sockets)
     }
 
     /// Sends a question. Never waits: a full socket buffer is a lost probe.
