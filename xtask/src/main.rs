@@ -1,5 +1,6 @@
-//! Project chores: `cargo xtask codegen | tidy | bench NAME`.
+//! Project chores: `cargo xtask codegen | bpf | tidy | bench NAME`.
 
+mod bpf;
 mod codegen;
 mod sources;
 mod tiers;
@@ -27,6 +28,8 @@ enum Chore {
         #[arg(long)]
         check: bool,
     },
+    /// Build the BPF programs alone and print where the object is.
+    Bpf,
     /// Check what the compiler does not: tiers, headers, sizes, unfinished marks, generated code.
     Tidy,
     /// Run a benchmark beside its peer (release build). Without a name, lists them.
@@ -45,6 +48,7 @@ enum Chore {
 fn main() -> anyhow::Result<()> {
     match Args::parse().chore {
         Chore::Codegen { check } => codegen::run(&root(), check),
+        Chore::Bpf => bpf::build(&root()).map(|object| println!("{}", object.display())),
         Chore::Tidy => tidy(),
         Chore::Bench { name, json, rest } => bench(name, json, rest),
     }
