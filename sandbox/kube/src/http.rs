@@ -186,7 +186,7 @@ fn plain(shell: &Shell, path: &str, call: &Call) -> Result<Response, ApiError> {
         ["apis", group, version] => {
             discovery::resources(&kinds, group, version).ok_or_else(ApiError::unknown_path)?
         }
-        ["openapi", "v2"] => return Ok(openapi::v2(&call.accept)),
+        ["openapi", "v2"] => return Ok(openapi::v2(&kinds, &call.accept)),
         ["openapi", "v3"] => openapi::v3_index(&kinds),
         ["openapi", "v3", rest @ ..] => openapi::v3(&kinds, rest).ok_or_else(ApiError::unknown_path)?,
         _ => return Err(ApiError::unknown_path()),

@@ -241,7 +241,7 @@ impl FieldSelector {
             let fits = match found {
                 Some(Value::String(text)) => text == want,
                 Some(Value::Null) | None => want.is_empty() || (want == "false" && is_boolean_field(field)),
-                Some(other) => other.to_string() == *want,
+                Some(other) => serde_json::from_str::<Value>(want).is_ok_and(|want| want == *other),
             };
             fits == *equal
         })

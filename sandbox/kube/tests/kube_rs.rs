@@ -1,4 +1,5 @@
 //! kube-rs against the served API: lists, watches, reflectors, server-side apply, status.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 #[path = "support/cluster.rs"]
 mod cluster;

@@ -1,4 +1,5 @@
 //! The real kubectl against the served API.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 #[path = "support/cluster.rs"]
 mod cluster;

@@ -144,7 +144,7 @@ fn encode_token(revision: u64, last: &Value) -> String {
 fn decode_token(token: &str) -> Result<(u64, (String, String)), ApiError> {
     let refuse = || ApiError::bad_request("continue key is not valid");
     let mut text = token.replace('-', "+").replace('_', "/");
-    while text.len() % 4 != 0 {
+    while !text.len().is_multiple_of(4) {
         text.push('=');
     }
     let bytes: ByteString = serde_json::from_value(json!(text)).map_err(|_| refuse())?;

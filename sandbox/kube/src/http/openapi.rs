@@ -1,12 +1,11 @@
 //! OpenAPI documents, as far as kubectl needs them: which kinds take server-side dry run and field validation.
 //!
-//! The v2 document is empty: kubectl then leaves validation to the server and merges built-in kinds by its own types.
-//! The v3 documents list the patch operation of each kind.
+//! The v2 document has no definitions: kubectl then leaves validation to the server and merges built-in kinds by its own
+//! types. It lists the patch operations, by which older versions find out about dry run. The v3 documents do the same.
 
 use std::sync::Arc;
 
 use axum::response::Response;
-use bytes::Bytes;
 use http::StatusCode;
 use serde_json::{Map, Value, json};
 
@@ -15,14 +14,55 @@ use super::{bytes_response, discovery, json_response};
 use crate::kind::Kind;
 
 /// `/openapi/v2`.
-pub fn v2(accept: &Accept) -> Response {
+pub fn v2(kinds: &[Arc<Kind>], accept: &Accept) -> Response {
     if *accept == Accept::OpenApiProtobuf {
-        // An empty message is a valid protobuf document.
         let content_type = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
-        return bytes_response(StatusCode::OK, content_type, Bytes::new());
+        return bytes_response(StatusCode::OK, content_type, v2_protobuf(kinds).into());
     }
     let document = json!({"swagger": "2.0", "info": {"title": "Kubernetes", "version": ""}, "paths": {}, "definitions": {}});
     json_response(StatusCode::OK, &document)
+}
+
+/// The v2 document in gnostic's protobuf form: a path per kind with a patch operation that takes `dryRun`.
+fn v2_protobuf(kinds: &[Arc<Kind>]) -> Vec<u8> {
+    // Document.paths is field 8, Paths.path 2, PathItem.patch 8, Operation.parameters 8 and .vendor_extension 13.
+    let parameter = nested(&[1, 2, 3], field(4, b"dryRun"));
+    let paths = kinds.iter().flat_map(|kind| {
+        let yaml = format!(
+            "group: {:?}\nkind: {}\nversion: {}\n",
+            kind.group, kind.kind, kind.version
+        );
+        let name = field(1, b"x-kubernetes-group-version-kind");
+        let extension = [name, field(2, &field(2, yaml.as_bytes()))].concat();
+        let operation = [field(8, &parameter), field(13, &extension)].concat();
+        let path = format!("{}/{}/{{name}}", discovery::root_of(kind), kind.plural);
+        field(
+            2,
+            &[field(1, path.as_bytes()), field(2, &field(8, &operation))].concat(),
+        )
+    });
+    [field(1, b"2.0"), field(8, &paths.collect::<Vec<u8>>())].concat()
+}
+
+/// A message in a message for each number, the first one outermost.
+fn nested(numbers: &[u8], inner: Vec<u8>) -> Vec<u8> {
+    numbers
+        .iter()
+        .rev()
+        .fold(inner, |inner, number| field(*number, &inner))
+}
+
+/// A length-delimited field; the number is below 16.
+fn field(number: u8, bytes: &[u8]) -> Vec<u8> {
+    let mut out = vec![number << 3 | 2];
+    let mut len = bytes.len();
+    while len > 0x7f {
+        out.push((len & 0x7f) as u8 | 0x80);
+        len >>= 7;
+    }
+    out.push(len as u8);
+    out.extend_from_slice(bytes);
+    out
 }
 
 /// `/openapi/v3`.

@@ -149,7 +149,10 @@ pub fn remove(value: &mut Value, path: &[Step]) {
                 remove(&mut list[at], rest);
             }
         }
-        (Step::Scalar(text), Value::Array(list)) => list.retain(|item| item.to_string() != *text),
+        (Step::Scalar(text), Value::Array(list)) => {
+            let gone: Option<Value> = serde_json::from_str(text).ok();
+            list.retain(|item| Some(item) != gone.as_ref());
+        }
         _ => {}
     }
 }

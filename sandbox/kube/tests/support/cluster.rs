@@ -1,5 +1,6 @@
 //! A served API with a small stand-in for the kubelets: pods on a node run at once, and end when they are deleted.
 #![allow(dead_code, reason = "each test target uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
