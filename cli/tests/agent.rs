@@ -127,17 +127,17 @@ struct Agent {
 
 impl Agent {
     fn start(until_well: u32) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir().expect("a temporary directory");
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
-            .unwrap();
+            .expect("a runtime");
         let fake = Fake {
             until_well: Arc::new(until_well.into()),
         };
         let guard = runtime.enter();
-        let listener = UnixListener::bind(dir.path().join("agent.sock")).unwrap();
+        let listener = UnixListener::bind(dir.path().join("agent.sock")).expect("bind");
         let service = LocalServer::new(fake.clone());
         runtime.spawn(
             Server::builder()
@@ -167,13 +167,13 @@ fn isthmus(socket: &std::path::Path, arguments: &str) -> Output {
         .env("ISTHMUS_SOCKET_PATH", socket)
         .env("ISTHMUS_BPF_ROOT", socket)
         .output()
-        .unwrap()
+        .expect("run isthmus")
 }
 
 fn text(output: &Output) -> (i32, String, String) {
-    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("UTF-8");
     (
-        output.status.code().unwrap(),
+        output.status.code().expect("not ended by a signal"),
         text(&output.stdout),
         text(&output.stderr),
     )
