@@ -164,7 +164,9 @@ async fn build(args: &UpArgs, plan: &Plan) -> anyhow::Result<()> {
             Err(error) => return Err(error.into()),
         }
         if Instant::now() >= deadline {
-            bail!("not ready after {} s (--wait)", args.wait);
+            let missing = client.wait_ready(Duration::ZERO).await.err();
+            let missing = missing.map_or_else(String::new, |error| format!(": {error}"));
+            bail!("--wait: {} s were not enough{missing}", args.wait);
         }
     }
 }
