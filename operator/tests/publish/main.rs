@@ -260,7 +260,8 @@ async fn one_of_two_operators_writes_and_the_other_takes_over() {
     assert_eq!(world.holder().as_deref(), Some("a"));
     let before = world.etcd.content().await;
     a.stop().await;
-    assert_eq!(world.holder().as_deref(), Some(""), "released");
+    // Released and not left to expire; the other one may have it already.
+    assert_ne!(world.holder().as_deref(), Some("a"));
     b.is_live().await;
     assert_eq!(world.holder().as_deref(), Some("b"));
     assert_eq!(world.etcd.content().await, before);
