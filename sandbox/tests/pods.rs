@@ -3,7 +3,10 @@
 //! Needs root and etcd. The CNI plugin is a stand-in (a shell script), Isthmus' own components do not run. This
 //! program is also the sandbox's supervisor (`sandbox supervise`) and the server that runs in the pods (`serve`).
 
-#![expect(clippy::unwrap_used, reason = "a test without the harness: a panic is its failure")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test without the harness: a panic is its failure"
+)]
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
