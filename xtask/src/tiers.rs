@@ -36,6 +36,8 @@ const SIDEWAYS: &[(&str, &str)] = &[
     ("isthmus-mesh", "isthmus-model"),
     ("isthmus-kvstore", "isthmus-runtime"),
     ("isthmus-kvstore", "isthmus-tls"),
+    // The watch stream: etcd-client does not show the header of every message.
+    ("isthmus-kvstore", "isthmus-proto"),
     ("isthmus-sandbox", "isthmus-sandbox-kube"),
 ];
 
