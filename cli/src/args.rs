@@ -17,12 +17,12 @@ use crate::output::Format;
     after_help = "Examples:
   isthmus status                       is this node's agent well, and if not, what is wrong
   isthmus clustermesh status --wait    wait until every remote cluster is ready
-  isthmus service list -n default      the services of a namespace, with their backends in all clusters
+  isthmus service list -n default      a namespace's services, with backends everywhere
   isthmus bpf lb list                  what the kernel does with a connection to a service
   isthmus sandbox up                   two clusters on this machine
 
-Commands about a node ask its agent, on a unix socket that only root may use. Where several agents run,
-choose one with --socket-path (or ISTHMUS_SOCKET_PATH), and for `bpf` with --bpf-root (or ISTHMUS_BPF_ROOT).
+Commands about a node ask its agent, on a unix socket that only root may use. Where several agents run, choose \
+one with --socket-path (or ISTHMUS_SOCKET_PATH), and for `bpf` with --bpf-root (or ISTHMUS_BPF_ROOT).
 
 Exit codes: 0 done and well, 1 failed or not well, 64 wrong arguments."
 )]
@@ -41,7 +41,7 @@ pub enum Command {
   isthmus status --wait --wait-duration 2m
   isthmus status -o json
 
-Exits with 1 if a part has failed or is still starting. `degraded` means that the part works on what it knows;
+Exits with 1 if a part has failed or is still starting. `degraded` means that the part works on what it knows; \
 AGE is how long ago what it rests on was last confirmed.")]
     Status(StatusArgs),
     /// Services and their backends, in all clusters.
@@ -118,8 +118,8 @@ pub enum ServiceCommand {
     /// List services and their backends.
     #[command(after_help = "Examples:
   isthmus service list
-  isthmus service list -n default --all-backends    also backends that are not used, with the reason
-  isthmus service list -o wide                      a line per backend
+  isthmus service list -n default -o wide    a line per backend
+  isthmus service list --all-backends        also backends that are not used, and why
   isthmus service list -o json")]
     List {
         /// Agent.
@@ -140,12 +140,12 @@ pub enum ClusterMeshCommand {
     /// Show every remote cluster: connection, what is known of it, what was refused and why.
     #[command(after_help = "Examples:
   isthmus clustermesh status
-  isthmus clustermesh status --wait --wait-duration 1m    until there is a remote cluster and all are ready
+  isthmus clustermesh status --wait    until there is a remote cluster and all are ready
   isthmus clustermesh status -o json
 
-A remote cluster is ready when it is connected, its configuration is accepted, everything of it is listed, and this
-node's datapath has it. HEARTBEAT is how long ago its heartbeat was last seen to change. Exits with 1 if one is not
-ready.")]
+A remote cluster is ready when it is connected, its configuration is accepted, everything of it is listed, and \
+this node's datapath has it. HEARTBEAT is how long ago its heartbeat was last seen to change. Exits with 1 if one \
+is not ready.")]
     Status(StatusArgs),
 }
 

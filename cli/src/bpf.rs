@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use isthmus_datapath::{MapError, Tables};
 
 use crate::{
@@ -50,11 +50,12 @@ fn open(bpf_root: &Path) -> anyhow::Result<Tables> {
     if opened.is_err() && !nix::unistd::geteuid().is_root() {
         return opened.context("reading BPF maps needs root: run this as root (sudo)");
     }
-    opened.with_context(|| {
-        format!(
-            "cannot read the maps below {}.\nStart isthmus-agent on this node, or name the BPF file system of the agent \
-             that you mean (its own --bpf-root) with --bpf-root PATH or ISTHMUS_BPF_ROOT",
-            bpf_root.display()
+    opened.map_err(|error| {
+        anyhow!(
+            "cannot read the maps below {}: {:#}\nStart isthmus-agent on this node, or name the BPF file system of the \
+             agent that you mean (its own --bpf-root) with --bpf-root PATH or ISTHMUS_BPF_ROOT",
+            bpf_root.display(),
+            anyhow::Error::new(error),
         )
     })
 }
