@@ -128,13 +128,13 @@ fn a_pod_lives_and_goes() {
         routes.sort();
         routes
     };
-    assert_eq!(routes(&pod, "-4", "eth0"), ["169.254.1.1 -", "default 169.254.1.1"]);
+    assert_eq!(
+        routes(&pod, "-4", "eth0"),
+        ["169.254.1.1 -", "default 169.254.1.1"]
+    );
     assert_eq!(routes(&pod, "-6", "eth0"), ["default fe80::1", "fe80::1 -"]);
     assert_eq!(routes(&node.namespace, "-4", "lxc1"), ["10.1.0.2 -"]);
-    assert_eq!(
-        routes(&node.namespace, "-6", "lxc1"),
-        ["fd00:1::2 -"]
-    );
+    assert_eq!(routes(&node.namespace, "-6", "lxc1"), ["fd00:1::2 -"]);
     let neighbours = pod.ip_json("neighbour show dev eth0 nud permanent");
     let neighbours: Vec<_> = neighbours
         .as_array()
