@@ -1,3 +1,238 @@
-//! Serves a cluster's state to other clusters and mirrors theirs.
+//! clustermesh-apiserver: serves a cluster's state to other clusters' mirrors and to its own agents, and mirrors the others.
+//!
+//! In: the own cluster's etcd ([`source`]), remote clusters' API servers ([`mirror`]). Out: etcd's v3 read API over mutual
+//! TLS ([`server`]). Between them stands the [`store`].
+//!
+//! Invariants: what is known stays when an upstream goes away, and its age can be told by its heartbeat; replicas share no
+//! state and give the same revisions, so that a client moves from one to another without listing again.
 
+pub mod ingest;
+pub mod metrics;
+pub mod mirror;
+pub mod server;
+pub mod shared;
+pub mod source;
 pub mod store;
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context;
+use isthmus_kvstore::{EtcdConfig, Options, follow};
+use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
+use isthmus_runtime::{CancellationToken, Health, Metrics};
+use isthmus_tls::ServerTls;
+use tokio::net::TcpListener;
+
+use metrics::{MirrorMetrics, ServerMetrics, StoreMetrics};
+use mirror::MirrorConfig;
+use server::ServerLimits;
+use shared::Shared;
+use store::{HistoryLimits, Store, SubId};
+
+/// How often the store's metrics are set.
+const METRICS_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Everything that the server is told.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Own cluster.
+    pub cluster: ClusterName,
+    /// Own ID.
+    pub cluster_id: ClusterId,
+    /// Size of the mesh.
+    pub max: MaxConnectedClusters,
+    /// Own etcd.
+    pub etcd: EtcdConfig,
+    /// Directory of remote clusters' files; `None` = no mirror.
+    pub clustermesh_config: Option<PathBuf>,
+    /// Where to serve.
+    pub listen: SocketAddr,
+    /// Server certificate chain.
+    pub tls_cert_file: PathBuf,
+    /// Its key.
+    pub tls_key_file: PathBuf,
+    /// CA bundle of the clients' certificates.
+    pub tls_client_ca_file: PathBuf,
+    /// Admin endpoint; `None` = none.
+    pub admin_listen: Option<SocketAddr>,
+    /// Connections to the own etcd and to remote clusters.
+    pub connection: Options,
+    /// Bounds of the server.
+    pub limits: ServerLimits,
+    /// History kept of the own cluster, and of the merged view.
+    pub history: HistoryLimits,
+    /// History kept of each kind of each remote cluster.
+    pub remote_history: HistoryLimits,
+}
+
+impl Config {
+    /// History of a remote cluster's kind unless told otherwise: 255 clusters of six kinds add up.
+    pub const REMOTE_HISTORY: HistoryLimits = HistoryLimits {
+        len: 10_000,
+        bytes: 8 * 1024 * 1024,
+    };
+}
+
+/// A server that has its address and has not begun to serve.
+pub struct Bound {
+    config: Config,
+    listener: TcpListener,
+    tls: ServerTls,
+    metrics: Metrics,
+    health: Health,
+}
+
+/// Reads the certificates and takes the address.
+pub async fn bind(config: Config) -> anyhow::Result<Bound> {
+    let file = |path: &Path| path.to_owned();
+    let tls = ServerTls::from_files(
+        &file(&config.tls_cert_file),
+        &file(&config.tls_key_file),
+        &file(&config.tls_client_ca_file),
+    )
+    .context(
+        "the server's TLS files are not usable; see --tls-cert-file, --tls-key-file and --tls-client-ca-file",
+    )?;
+    let listener = TcpListener::bind(config.listen).await.with_context(|| {
+        format!(
+            "cannot listen on {}; choose another address with --listen",
+            config.listen
+        )
+    })?;
+    Ok(Bound {
+        config,
+        listener,
+        tls,
+        metrics: Metrics::new("clustermesh"),
+        health: Health::default(),
+    })
+}
+
+impl Bound {
+    /// Where it will serve.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Its health, to look at from outside.
+    pub fn health(&self) -> Health {
+        self.health.clone()
+    }
+
+    /// Its metrics.
+    pub fn metrics(&self) -> Metrics {
+        self.metrics.clone()
+    }
+
+    /// Serves until `shutdown`.
+    pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        let Self {
+            config,
+            listener,
+            tls,
+            metrics,
+            health,
+        } = self;
+        if let Some(address) = config.admin_listen {
+            isthmus_runtime::admin::serve(address, health.clone(), metrics.clone(), shutdown.clone()).await?;
+        }
+        // Random and never 0: this process' own history begins here.
+        let server_id = rand::random_range(1..=u64::MAX);
+        let store = Store::new(
+            config.cluster.clone(),
+            server_id,
+            config.history,
+            config.remote_history,
+        );
+        let shared = Shared::new(store);
+        let followed = follow(
+            config.etcd.clone(),
+            config.connection.clone(),
+            [source::feed()],
+            shutdown.child_token(),
+        );
+        let source = tokio::spawn(source::run(followed, shared.clone(), health));
+        let mirror = config.clustermesh_config.clone().map(|directory| {
+            let config = MirrorConfig {
+                cluster: config.cluster.clone(),
+                cluster_id: config.cluster_id,
+                max: config.max,
+                directory,
+                connection: config.connection.clone(),
+            };
+            let metrics = MirrorMetrics::new(&metrics);
+            tokio::spawn(mirror::run(config, shared.clone(), metrics, shutdown.clone()))
+        });
+        let measure = tokio::spawn(measure(
+            StoreMetrics::new(&metrics),
+            config.cluster.clone(),
+            shared.clone(),
+            shutdown.clone(),
+        ));
+        let served = server::serve(
+            listener,
+            tls,
+            config.cluster,
+            shared,
+            config.limits,
+            ServerMetrics::new(&metrics),
+            shutdown.clone(),
+        );
+        let result = served.await.context("the server failed");
+        shutdown.cancel();
+        for task in [Some(source), mirror, Some(measure)].into_iter().flatten() {
+            // A panic in a task is worth more than a clean end.
+            task.await.context("a task of the server panicked")?;
+        }
+        result
+    }
+}
+
+async fn measure(metrics: StoreMetrics, own: ClusterName, shared: Shared, shutdown: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(METRICS_INTERVAL) => {}
+        }
+        let statuses: Vec<_> = shared.read(|store| {
+            let ids = store.sub_ids();
+            ids.filter_map(|id| Some((id.clone(), store.status(id)?)))
+                .collect()
+        });
+        // Sub-stores of removed clusters go.
+        for family in [
+            &metrics.revision,
+            &metrics.keys,
+            &metrics.history_len,
+            &metrics.history_bytes,
+        ] {
+            family.clear();
+        }
+        for (id, status) in statuses {
+            let label = match &id {
+                SubId::Own => metrics::Sub {
+                    source_cluster: own.to_string(),
+                    kind: "all",
+                },
+                SubId::Remote(cluster, kind) => metrics::Sub {
+                    source_cluster: cluster.to_string(),
+                    kind: mirror::remote::kind_name(*kind),
+                },
+            };
+            metrics.revision.get_or_create(&label).set(status.revision);
+            metrics.keys.get_or_create(&label).set(status.keys as i64);
+            metrics
+                .history_len
+                .get_or_create(&label)
+                .set(status.history_len as i64);
+            metrics
+                .history_bytes
+                .get_or_create(&label)
+                .set(status.history_bytes as i64);
+        }
+    }
+}

@@ -1,3 +1,96 @@
 //! Parses arguments, runs, exits.
 
-fn main() {}
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+use clap::Parser;
+use isthmus_clustermesh_apiserver::{Config, bind, server::ServerLimits, store::HistoryLimits};
+use isthmus_kvstore::{EtcdConfig, Options};
+use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
+use isthmus_runtime::{
+    command_line::{self, FlagError, LogArgs},
+    shutdown, telemetry,
+};
+
+/// Serves a cluster's state to other clusters and to its own agents, and mirrors other clusters' state.
+#[derive(Debug, Parser)]
+#[command(name = "isthmus-clustermesh-apiserver", version)]
+struct Args {
+    /// Name of this cluster: 1 to 32 of a-z, 0-9 and '-'.
+    #[arg(long, env = "ISTHMUS_CLUSTER_NAME")]
+    cluster_name: ClusterName,
+    /// ID of this cluster, unique in the mesh: 1 to 255, or to 511 with --max-connected-clusters 511.
+    #[arg(long, env = "ISTHMUS_CLUSTER_ID")]
+    cluster_id: u32,
+    /// Size of the mesh, 255 or 511; the same in every cluster.
+    #[arg(long, env = "ISTHMUS_MAX_CONNECTED_CLUSTERS", default_value = "255")]
+    max_connected_clusters: MaxConnectedClusters,
+    /// YAML file that says where this cluster's etcd is.
+    #[arg(long, env = "ISTHMUS_ETCD_CONFIG", value_name = "FILE")]
+    etcd_config: PathBuf,
+    /// Directory with a YAML file for each remote cluster, named like it. Without it nothing is mirrored.
+    #[arg(long, env = "ISTHMUS_CLUSTERMESH_CONFIG", value_name = "DIR")]
+    clustermesh_config: Option<PathBuf>,
+    /// Address to serve etcd's API on.
+    #[arg(long, env = "ISTHMUS_LISTEN", default_value = "0.0.0.0:2379")]
+    listen: SocketAddr,
+    /// Server certificate chain, PEM.
+    #[arg(long, env = "ISTHMUS_TLS_CERT_FILE", value_name = "FILE")]
+    tls_cert_file: PathBuf,
+    /// Server key, PEM.
+    #[arg(long, env = "ISTHMUS_TLS_KEY_FILE", value_name = "FILE")]
+    tls_key_file: PathBuf,
+    /// CA bundle that client certificates must chain to, PEM.
+    #[arg(long, env = "ISTHMUS_TLS_CLIENT_CA_FILE", value_name = "FILE")]
+    tls_client_ca_file: PathBuf,
+    /// Address of the admin endpoint: /healthz, /readyz, /metrics.
+    #[arg(long, env = "ISTHMUS_ADMIN_LISTEN", default_value = "127.0.0.1:9880")]
+    admin_listen: SocketAddr,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+fn main() -> ExitCode {
+    command_line::exit_code(run(command_line::parse()))
+}
+
+fn run(args: Args) -> anyhow::Result<()> {
+    let usage = |flag, got: &dyn std::fmt::Display, why: String| FlagError::new(flag, got, why);
+    telemetry::init(args.log.log_format, &args.log.log_level)
+        .map_err(|error| usage("log-level", &args.log.log_level, error.to_string()))?;
+    let max = args.max_connected_clusters;
+    let cluster_id = ClusterId::new(args.cluster_id, max)
+        .map_err(|error| usage("cluster-id", &args.cluster_id, error.to_string()))?;
+    let etcd = EtcdConfig::from_file(&args.etcd_config)
+        .map_err(|error| usage("etcd-config", &args.etcd_config.display(), chain(&error)))?;
+    let config = Config {
+        cluster: args.cluster_name,
+        cluster_id,
+        max,
+        etcd,
+        clustermesh_config: args.clustermesh_config,
+        listen: args.listen,
+        tls_cert_file: args.tls_cert_file,
+        tls_key_file: args.tls_key_file,
+        tls_client_ca_file: args.tls_client_ca_file,
+        admin_listen: Some(args.admin_listen),
+        connection: Options::default(),
+        limits: ServerLimits::default(),
+        history: HistoryLimits::default(),
+        remote_history: Config::REMOTE_HISTORY,
+    };
+    let runtime = tokio::runtime::Runtime::new().context("cannot start the runtime")?;
+    runtime.block_on(async {
+        let shutdown = shutdown::on_signals().context("cannot catch signals")?;
+        let bound = bind(config).await?;
+        tracing::info!(address = %bound.address()?, "serving");
+        bound.run(shutdown).await
+    })
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", chain(source)),
+        None => error.to_string(),
+    }
+}

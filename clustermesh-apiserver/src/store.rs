@@ -206,7 +206,15 @@ impl Store {
         let merged_revision = self.merged_revision + 1;
         let Some(sub) = self.subs.get_mut(id) else { return };
         let same_source = sub.listed && !list.new_history && sub.source_id == list.cluster_id;
-        let events = sub.replace(list.changes, merged_revision);
+        let mut changes = list.changes;
+        if let Some(present) = &list.present {
+            let gone = sub.content.keys().filter(|key| !present.contains(*key)).cloned();
+            changes.extend(gone.map(|key| SourceChange::Delete {
+                key,
+                mod_revision: list.revision,
+            }));
+        }
+        let events = sub.replace(changes, merged_revision);
         // At an unchanged revision there is nothing to change; if there was, watches would have passed it.
         let same_history = same_source
             && (sub.revision < list.revision || (sub.revision == list.revision && events.is_empty()));

@@ -1,6 +1,9 @@
 //! One source: its present content, its history, and its place in its own revisions.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 
@@ -53,6 +56,8 @@ pub struct Relist {
     pub new_history: bool,
     /// Difference.
     pub changes: Vec<SourceChange>,
+    /// If given, all keys that the source has: others are deleted.
+    pub present: Option<BTreeSet<Bytes>>,
 }
 
 #[derive(Debug)]

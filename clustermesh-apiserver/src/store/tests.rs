@@ -178,7 +178,7 @@ proptest! {
         let all = model.range(i64::MAX, "");
         store.relist(&SubId::Own, Relist {
             cluster_id: ID, revision: model.revision, new_history: true,
-            changes: all.iter().map(|kv| change(EventType::Put, kv)).collect(),
+            changes: all.iter().map(|kv| change(EventType::Put, kv)).collect(), present: None,
         });
         let listed_at = model.revision;
         // One watch lives through everything.
@@ -257,7 +257,7 @@ proptest! {
         let mut model = Model { revision: 100, ..Default::default() };
         let mut store = store(HistoryLimits::default());
         let first = model.transact(&before);
-        store.relist(&SubId::Own, Relist { cluster_id: ID, revision: model.revision, new_history: true, changes: first });
+        store.relist(&SubId::Own, Relist { cluster_id: ID, revision: model.revision, new_history: true, changes: first, present: None });
         let known = model.range(i64::MAX, "");
         let listed_at = model.revision;
         let (mut live, _) = store.watch(start("cilium/state/", 0));
@@ -266,7 +266,7 @@ proptest! {
         let mut changes: Vec<SourceChange> = now.iter().filter(|kv| !known.contains(kv)).map(|kv| change(EventType::Put, kv)).collect();
         let gone = known.iter().filter(|kv| now.iter().all(|other| other.key != kv.key));
         changes.extend(gone.map(|kv| SourceChange::Delete { key: kv.key.clone(), mod_revision: model.revision }));
-        store.relist(&SubId::Own, Relist { cluster_id: ID, revision: model.revision, new_history: false, changes });
+        store.relist(&SubId::Own, Relist { cluster_id: ID, revision: model.revision, new_history: false, changes, present: None });
         let mut view: BTreeMap<Bytes, KeyValue> = known.into_iter().filter(|kv| kv.key.starts_with(b"cilium/state/")).map(|kv| (kv.key.clone(), kv)).collect();
         while let Some(Next::Events { events, .. }) = store.next(&mut live) {
             for event in decode(events) {
@@ -306,6 +306,7 @@ fn list(cluster_id: u64, revision: i64, changes: Vec<SourceChange>) -> Relist {
         revision,
         new_history: true,
         changes,
+        present: None,
     }
 }
 

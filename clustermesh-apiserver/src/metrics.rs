@@ -1,0 +1,176 @@
+//! Metrics of the API server: `isthmus_clustermesh_*`.
+
+use isthmus_runtime::Metrics;
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+};
+
+/// Label: how something ended.
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+pub struct Outcome {
+    /// `accepted`, `refused`, `timeout`.
+    pub outcome: &'static str,
+}
+
+/// Label: a remote cluster.
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+pub struct Target {
+    /// Its name.
+    pub target_cluster: String,
+}
+
+/// Labels of a refused object.
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+pub struct Refused {
+    /// Remote cluster's name.
+    pub target_cluster: String,
+    /// `wire::Refusal::reason`.
+    pub reason: &'static str,
+}
+
+/// Label: a sub-store.
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+pub struct Sub {
+    /// Cluster whose state it is.
+    pub source_cluster: String,
+    /// Kind of objects, or `all` for the own cluster.
+    pub kind: &'static str,
+}
+
+/// What the server counts.
+#[derive(Clone, Debug)]
+pub struct ServerMetrics {
+    /// Connections by how their handshake ended.
+    pub connections: Family<Outcome, Counter>,
+    /// Open watch streams.
+    pub streams: Gauge,
+    /// Open watches.
+    pub watches: Gauge,
+    /// Events delivered.
+    pub events: Counter,
+    /// Watches that ended because what they missed is gone.
+    pub compacted: Counter,
+    /// Range calls.
+    pub ranges: Counter,
+    /// Watches that the peer's certificate does not allow.
+    pub denied: Counter,
+}
+
+/// What the mirror counts.
+#[derive(Clone, Debug)]
+pub struct MirrorMetrics {
+    /// Configured remote clusters.
+    pub remote_clusters: Gauge,
+    /// 1 if the remote cluster is connected and fully mirrored.
+    pub readiness: Family<Target, Gauge>,
+    /// Failed or lost connections.
+    pub failures: Family<Target, Counter>,
+    /// When the last one was, Unix seconds.
+    pub last_failure: Family<Target, Gauge>,
+    /// Objects refused.
+    pub refused: Family<Refused, Counter>,
+}
+
+/// What the store holds; set now and then.
+#[derive(Clone, Debug)]
+pub struct StoreMetrics {
+    /// Source's revision.
+    pub revision: Family<Sub, Gauge>,
+    /// Keys.
+    pub keys: Family<Sub, Gauge>,
+    /// Batches in the history.
+    pub history_len: Family<Sub, Gauge>,
+    /// Bytes in the history.
+    pub history_bytes: Family<Sub, Gauge>,
+}
+
+impl ServerMetrics {
+    /// Registers them.
+    pub fn new(metrics: &Metrics) -> Self {
+        Self {
+            connections: metrics.register(
+                "server_connections",
+                "Connections, by how their handshake ended",
+                Family::default(),
+            ),
+            streams: metrics.register("server_watch_streams", "Open watch streams", Gauge::default()),
+            watches: metrics.register("server_watches", "Open watches", Gauge::default()),
+            events: metrics.register("server_events", "Events delivered to watches", Counter::default()),
+            compacted: metrics.register(
+                "server_watches_compacted",
+                "Watches that ended because what they missed is gone",
+                Counter::default(),
+            ),
+            ranges: metrics.register("server_ranges", "Range calls", Counter::default()),
+            denied: metrics.register(
+                "server_watches_denied",
+                "Watches outside the peer's key ranges",
+                Counter::default(),
+            ),
+        }
+    }
+}
+
+impl MirrorMetrics {
+    /// Registers them.
+    pub fn new(metrics: &Metrics) -> Self {
+        Self {
+            remote_clusters: metrics.register(
+                "remote_clusters",
+                "Configured remote clusters",
+                Gauge::default(),
+            ),
+            readiness: metrics.register(
+                "remote_cluster_readiness",
+                "1 if the remote cluster is connected and fully mirrored",
+                Family::default(),
+            ),
+            failures: metrics.register(
+                "remote_cluster_failures",
+                "Failed or lost connections to the remote cluster",
+                Family::default(),
+            ),
+            last_failure: metrics.register(
+                "remote_cluster_last_failure_timestamp_seconds",
+                "When the connection to the remote cluster last failed",
+                Family::default(),
+            ),
+            refused: metrics.register(
+                "refused_objects",
+                "Objects of the remote cluster that were refused, by reason",
+                Family::default(),
+            ),
+        }
+    }
+
+    /// Drops what is known about a removed remote cluster, except counters of refusals.
+    pub fn forget(&self, cluster: &str) {
+        let target = Target {
+            target_cluster: cluster.to_owned(),
+        };
+        self.readiness.remove(&target);
+        self.failures.remove(&target);
+        self.last_failure.remove(&target);
+    }
+}
+
+impl StoreMetrics {
+    /// Registers them.
+    pub fn new(metrics: &Metrics) -> Self {
+        Self {
+            revision: metrics.register("store_revision", "Revision of a source", Family::default()),
+            keys: metrics.register("store_keys", "Keys of a source", Family::default()),
+            history_len: metrics.register(
+                "store_history_batches",
+                "Batches of changes kept of a source",
+                Family::default(),
+            ),
+            history_bytes: metrics.register(
+                "store_history_bytes",
+                "Bytes of changes kept of a source",
+                Family::default(),
+            ),
+        }
+    }
+}

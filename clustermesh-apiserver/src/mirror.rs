@@ -1,0 +1,262 @@
+//! Mirrors remote clusters under the cache prefixes: one task and one connection for each configured cluster.
+//!
+//! In: a directory with a file for each cluster, looked at every second; the remote clusters' API servers. Out: their objects
+//! in the store, each checked here and nowhere else, and a status for each cluster.
+//!
+//! Invariants: a remote cluster that goes away keeps its objects; only the removal of its file drains them. A refused object
+//! changes nothing but a counter.
+
+pub mod admission;
+pub mod directory;
+pub mod remote;
+pub mod translate;
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use isthmus_kvstore::{EtcdConfig, Options, follow};
+use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
+use isthmus_runtime::CancellationToken;
+use tokio::{sync::watch, task::JoinHandle};
+
+use crate::{metrics::MirrorMetrics, shared::Shared};
+use admission::ClusterIds;
+use remote::Remote;
+
+/// How often the directory is looked at.
+const SCAN_INTERVAL: Duration = Duration::from_secs(1);
+/// How often statuses are written while something changes.
+const STATUS_INTERVAL: Duration = Duration::from_secs(1);
+/// Updates taken in one go.
+const BATCH_MAX: usize = 64;
+
+/// What the mirror needs to know.
+#[derive(Clone, Debug)]
+pub struct MirrorConfig {
+    /// Own cluster.
+    pub cluster: ClusterName,
+    /// Own ID.
+    pub cluster_id: ClusterId,
+    /// Size of the mesh.
+    pub max: MaxConnectedClusters,
+    /// Directory of cluster files.
+    pub directory: PathBuf,
+    /// Connections to remote clusters.
+    pub connection: Options,
+}
+
+struct Running {
+    text: String,
+    config: watch::Sender<EtcdConfig>,
+    removed: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+/// Runs until `shutdown`. State stays as it is then: a restart is not a removal.
+pub async fn run(config: MirrorConfig, shared: Shared, metrics: MirrorMetrics, shutdown: CancellationToken) {
+    let ids = Arc::new(Mutex::new(ClusterIds::new(config.cluster_id)));
+    let mut running: BTreeMap<ClusterName, Running> = BTreeMap::new();
+    let mut complaints: BTreeMap<String, String> = BTreeMap::new();
+    loop {
+        // A failing directory changes nothing: an unmounted volume is not the removal of every cluster.
+        let scanned = directory::scan(&config.directory, &config.cluster);
+        let mut complained = BTreeMap::new();
+        match scanned {
+            Err(error) => {
+                complained.insert(
+                    String::new(),
+                    format!(
+                        "cannot read the directory {}: {error}",
+                        config.directory.display()
+                    ),
+                );
+            }
+            Ok(scan) => {
+                complained = scan.complaints;
+                let gone: Vec<ClusterName> = running
+                    .keys()
+                    .filter(|name| !scan.files.contains_key(*name) && !complained.contains_key(name.as_str()))
+                    .cloned()
+                    .collect();
+                for name in gone {
+                    if let Some(gone) = running.remove(&name) {
+                        tracing::info!(cluster = %name, "the cluster's file is gone; removing its state");
+                        gone.removed.cancel();
+                        // It drains what it mirrored, which waits for nothing.
+                        let _ = gone.task.await;
+                        metrics.forget(name.as_str());
+                    }
+                }
+                for (name, text) in scan.files {
+                    match EtcdConfig::parse(&text) {
+                        Err(error) => {
+                            let error: &dyn std::error::Error = &error;
+                            let source = error
+                                .source()
+                                .map(|source| format!(": {source}"))
+                                .unwrap_or_default();
+                            complained.insert(name.to_string(), format!("{error}{source}"));
+                        }
+                        Ok(etcd) => apply(
+                            &mut running,
+                            name,
+                            text,
+                            etcd,
+                            &config,
+                            &shared,
+                            &ids,
+                            &metrics,
+                            &shutdown,
+                        ),
+                    }
+                }
+            }
+        }
+        for (name, complaint) in &complained {
+            if complaints.get(name) != Some(complaint) {
+                tracing::warn!(
+                    file = name,
+                    complaint,
+                    "cluster file is not usable; keeping what was configured"
+                );
+            }
+        }
+        complaints = complained;
+        metrics.remote_clusters.set(running.len() as i64);
+        tokio::select! {
+            () = shutdown.cancelled() => break,
+            () = tokio::time::sleep(SCAN_INTERVAL) => {}
+        }
+    }
+    for (_, remote) in running {
+        let _ = remote.task.await;
+    }
+}
+
+#[allow(clippy::too_many_arguments, reason = "split from `run` for its length only")]
+fn apply(
+    running: &mut BTreeMap<ClusterName, Running>,
+    name: ClusterName,
+    text: String,
+    etcd: EtcdConfig,
+    config: &MirrorConfig,
+    shared: &Shared,
+    ids: &Arc<Mutex<ClusterIds>>,
+    metrics: &MirrorMetrics,
+    shutdown: &CancellationToken,
+) {
+    if let Some(known) = running.get_mut(&name) {
+        if known.text != text {
+            tracing::info!(cluster = %name, "the cluster's file changed; connecting anew");
+            known.text = text;
+            known.config.send_replace(etcd);
+        }
+        return;
+    }
+    let (sender, receiver) = watch::channel(etcd);
+    let removed = CancellationToken::new();
+    let remote = Remote::new(name.clone(), config.cluster.clone(), config.max);
+    let task = Task {
+        remote,
+        shared: shared.clone(),
+        ids: ids.clone(),
+        metrics: metrics.clone(),
+        connection: config.connection.clone(),
+        removed: removed.clone(),
+        shutdown: shutdown.clone(),
+    };
+    tracing::info!(cluster = %name, "mirroring a remote cluster");
+    let task = tokio::spawn(task.run(receiver));
+    running.insert(
+        name,
+        Running {
+            text,
+            config: sender,
+            removed,
+            task,
+        },
+    );
+}
+
+struct Task {
+    remote: Remote,
+    shared: Shared,
+    ids: Arc<Mutex<ClusterIds>>,
+    metrics: MirrorMetrics,
+    connection: Options,
+    removed: CancellationToken,
+    shutdown: CancellationToken,
+}
+
+impl Task {
+    async fn run(mut self, mut config: watch::Receiver<EtcdConfig>) {
+        self.with(|remote, store, ids| remote.start(store, ids));
+        let mut ticker = tokio::time::interval(STATUS_INTERVAL);
+        ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let stop = self.shutdown.child_token();
+            let etcd = config.borrow_and_update().clone();
+            let mut follow = follow(etcd, self.connection.clone(), self.remote.feeds(), stop.clone());
+            let feeds = follow.feeds.clone();
+            loop {
+                let changes = tokio::select! {
+                    () = self.shutdown.cancelled() => return,
+                    () = self.removed.cancelled() => {
+                        stop.cancel();
+                        self.with(|remote, store, ids| remote.drain(store, ids));
+                        return;
+                    }
+                    changed = config.changed() => match changed {
+                        Ok(()) => break,
+                        // The directory task ends only with the process.
+                        Err(_) => return,
+                    },
+                    _ = ticker.tick() => self.with(|remote, store, ids| remote.on_tick(store, ids)),
+                    update = follow.updates.recv() => match update {
+                        None => return,
+                        Some(update) => {
+                            let mut updates = vec![update];
+                            while updates.len() < BATCH_MAX && let Ok(update) = follow.updates.try_recv() {
+                                updates.push(update);
+                            }
+                            let now = now_ms();
+                            self.with(|remote, store, ids| {
+                                updates.into_iter().flat_map(|update| remote.on(store, ids, update, now)).collect()
+                            })
+                        }
+                    },
+                };
+                for change in changes {
+                    match change {
+                        remote::FeedChange::Add(feed) => feeds.add(feed),
+                        remote::FeedChange::Remove(name) => feeds.remove(&name),
+                    }
+                }
+            }
+            stop.cancel();
+        }
+    }
+
+    fn with<T>(
+        &mut self,
+        act: impl FnOnce(&mut Remote, &mut crate::store::Store, &mut ClusterIds) -> T,
+    ) -> T {
+        let (remote, ids) = (&mut self.remote, &self.ids);
+        let result = self.shared.update(|store| {
+            // Held only while the store's lock is held, by every task in this order.
+            let mut ids = ids.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            act(remote, store, &mut ids)
+        });
+        self.remote.export(&self.metrics);
+        result
+    }
+}
+
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,568 @@
+//! One remote cluster: what its upstream reports, step by step into the store and into its status. Pure: time is an argument.
+//!
+//! Order: its config, admitted or not; then, kind by kind, as soon as the remote says that it has published everything of
+//! it (its canary), the objects; then our own canary, which tells local agents the same.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use isthmus_kvstore::{Change, Feed, Update};
+use isthmus_model::{ClusterName, MaxConnectedClusters};
+use isthmus_wire::{
+    Refusal,
+    keys::{self, CLUSTER_CONFIG, HEARTBEAT, Kind, REMOTE_STATUS, SYNCED, Scope},
+    refusal::VALUE_LEN_MAX,
+    status::RemoteStatus,
+};
+
+use super::{
+    admission::{Admitted, ClusterIds, admit},
+    translate::Border,
+};
+use crate::{
+    ingest::{Ingest, Ingested},
+    metrics::{MirrorMetrics, Refused, Target},
+    store::{SourceChange, Store, SubId},
+};
+
+/// Refused keys that are remembered so that each is logged once.
+const LOGGED_MAX: usize = 10_000;
+/// Refusals shown in the status.
+const LAST_REFUSALS_MAX: usize = 10;
+/// Canaries that are remembered; a remote has a handful.
+const CANARIES_MAX: usize = 64;
+
+/// Name of a kind in statuses and metrics.
+pub const fn kind_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Nodes => "nodes",
+        Kind::Ip => "ip",
+        Kind::Identities => "identities",
+        Kind::Services => "services",
+        Kind::Frames => "frames",
+        Kind::Slices => "slices",
+    }
+}
+
+/// A change of what is followed.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum FeedChange {
+    /// Follow this too.
+    Add(Feed),
+    /// No more.
+    Remove(Arc<str>),
+}
+
+struct Mirrored {
+    border: Border,
+    sub: SubId,
+    ingest: Ingest,
+    synced: bool,
+}
+
+/// A configured remote cluster.
+pub struct Remote {
+    cluster: ClusterName,
+    max: MaxConnectedClusters,
+    config: Option<Bytes>,
+    admitted: Option<Admitted>,
+    canaries: BTreeSet<String>,
+    /// By the name of the feed.
+    kinds: BTreeMap<Arc<str>, (Kind, Mirrored)>,
+    heartbeat: Option<Bytes>,
+    logged: BTreeSet<Bytes>,
+    /// Why it is not admitted, or what fails; the connection's error comes first.
+    problem: String,
+    connection_error: String,
+    status: RemoteStatus,
+    written: Option<RemoteStatus>,
+    /// Counters that were not exported yet.
+    new_failures: u64,
+    new_refusals: BTreeMap<&'static str, u64>,
+}
+
+impl Remote {
+    /// A remote cluster that nothing is known about. `own` is the own cluster's name; a file of that name is no remote.
+    pub fn new(cluster: ClusterName, own: ClusterName, max: MaxConnectedClusters) -> Self {
+        debug_assert_ne!(cluster, own, "the own cluster is not mirrored");
+        Self {
+            status: RemoteStatus {
+                name: cluster.to_string(),
+                ..Default::default()
+            },
+            cluster,
+            max,
+            config: None,
+            admitted: None,
+            canaries: BTreeSet::new(),
+            kinds: BTreeMap::new(),
+            heartbeat: None,
+            logged: BTreeSet::new(),
+            problem: String::new(),
+            connection_error: "connecting".to_owned(),
+            written: None,
+            new_failures: 0,
+            new_refusals: BTreeMap::new(),
+        }
+    }
+
+    /// What is to be followed now.
+    pub fn feeds(&self) -> Vec<Feed> {
+        let mut feeds = vec![
+            Feed::key(&keys::cluster_config(&self.cluster), VALUE_LEN_MAX),
+            Feed::prefix(HEARTBEAT, VALUE_LEN_MAX),
+            Feed::prefix(&self.synced_prefix(), VALUE_LEN_MAX),
+        ];
+        feeds.extend(
+            self.kinds
+                .values()
+                .map(|(kind, mirrored)| feed(*kind, &mirrored.border)),
+        );
+        feeds
+    }
+
+    fn synced_prefix(&self) -> String {
+        format!("{SYNCED}{}/", self.cluster)
+    }
+
+    /// Writes the first status.
+    pub fn start(&mut self, store: &mut Store, _: &mut ClusterIds) {
+        self.write_status(store);
+    }
+
+    /// Takes in what the upstream told; `now_ms` is Unix time.
+    pub fn on(
+        &mut self,
+        store: &mut Store,
+        ids: &mut ClusterIds,
+        update: Update,
+        now_ms: u64,
+    ) -> Vec<FeedChange> {
+        let mut changes = Vec::new();
+        match update {
+            Update::Connected { .. } => {
+                self.status.connected = true;
+                self.connection_error.clear();
+            }
+            Update::Disconnected { error } => {
+                self.status.connected = false;
+                self.on_failure(error, now_ms);
+            }
+            Update::Failed { feed, error } => self.on_failure(format!("{feed}: {error}"), now_ms),
+            Update::Listing { feed, trusted, .. } => {
+                if let Some((_, mirrored)) = self.kinds.get_mut(&feed) {
+                    mirrored.ingest.on_listing(trusted);
+                }
+            }
+            Update::Changes {
+                feed,
+                revision,
+                changes: reported,
+            } => {
+                if &*feed == HEARTBEAT {
+                    self.on_heartbeat(reported, now_ms);
+                } else if feed.starts_with(CLUSTER_CONFIG) {
+                    self.on_config(reported);
+                    changes = self.judge(store, ids);
+                } else if feed.starts_with(SYNCED) {
+                    self.on_canaries(reported);
+                    changes = self.start_kinds(store);
+                } else {
+                    self.on_objects(store, &feed, revision, reported);
+                }
+            }
+            Update::Listed {
+                feed,
+                cluster_id,
+                revision,
+                new_history,
+            } => {
+                if let Some((_, mirrored)) = self.kinds.get_mut(&feed) {
+                    mirrored
+                        .ingest
+                        .on_listed(store, &mirrored.sub, cluster_id, revision, new_history);
+                } else if feed.starts_with(CLUSTER_CONFIG) {
+                    changes = self.judge(store, ids);
+                }
+            }
+            Update::Synced { feed, .. } => {
+                self.connection_error.clear();
+                self.on_synced(store, &feed);
+            }
+        }
+        self.refresh(store);
+        let urgent = |status: &RemoteStatus| {
+            (
+                status.connected,
+                status.ready,
+                status.status.clone(),
+                status.cluster_id,
+            )
+        };
+        if self.written.as_ref().map(urgent) != Some(urgent(&self.status)) {
+            self.write_status(store);
+        }
+        changes
+    }
+
+    /// To be called about once a second: writes the status if it changed, and asks again for what is not admitted.
+    pub fn on_tick(&mut self, store: &mut Store, ids: &mut ClusterIds) -> Vec<FeedChange> {
+        let changes = match (&self.config, &self.admitted) {
+            (Some(_), None) => self.judge(store, ids),
+            _ => Vec::new(),
+        };
+        self.refresh(store);
+        self.write_status(store);
+        changes
+    }
+
+    /// The cluster is no longer configured: removes everything that came from it.
+    pub fn drain(&mut self, store: &mut Store, ids: &mut ClusterIds) {
+        self.drain_objects(store);
+        ids.release(&self.cluster);
+        store.delete_local(format!("{REMOTE_STATUS}{}", self.cluster).as_bytes());
+    }
+
+    /// Config first, so that readers know that the rest goes on purpose.
+    fn drain_objects(&mut self, store: &mut Store) -> Vec<FeedChange> {
+        store.delete_local(keys::cluster_config(&self.cluster).as_bytes());
+        store.delete_local_prefix(&self.synced_prefix());
+        self.admitted = None;
+        std::mem::take(&mut self.kinds)
+            .into_iter()
+            .map(|(name, (_, mirrored))| {
+                store.remove_sub(&mirrored.sub);
+                FeedChange::Remove(name)
+            })
+            .collect()
+    }
+
+    fn on_failure(&mut self, error: String, now_ms: u64) {
+        if self.connection_error != error {
+            tracing::warn!(cluster = %self.cluster, error, "the remote cluster does not answer; keeping its state");
+        }
+        self.connection_error = error;
+        self.status.num_failures += 1;
+        self.status.last_failure_ms = now_ms;
+        self.new_failures += 1;
+    }
+
+    fn on_heartbeat(&mut self, reported: Vec<Change>, now_ms: u64) {
+        for change in reported {
+            if let Change::Put { key, value, .. } = change
+                && key == HEARTBEAT.as_bytes()
+                && self.heartbeat.as_ref() != Some(&value)
+            {
+                // A copy: the value is a slice of its message.
+                self.heartbeat = Some(Bytes::copy_from_slice(&value));
+                self.status.heartbeat_seen_ms = now_ms;
+            }
+        }
+    }
+
+    // Config.
+
+    fn on_config(&mut self, reported: Vec<Change>) {
+        for change in reported {
+            match change {
+                Change::Put { value, .. } => self.config = Some(Bytes::copy_from_slice(&value)),
+                Change::Delete { .. } => self.config = None,
+                // Judged as what it is: no valid config.
+                Change::Refused { .. } => self.config = Some(Bytes::new()),
+            }
+        }
+    }
+
+    /// Judges the config. A cluster that was admitted keeps its objects when its config turns bad.
+    fn judge(&mut self, store: &mut Store, ids: &mut ClusterIds) -> Vec<FeedChange> {
+        let before = self.admitted.clone();
+        // It may change its ID: what it has must not stand in its way, and stays its own if it is refused.
+        match admit(&self.cluster, self.config.as_deref(), self.max, ids) {
+            Err(error) => {
+                let problem = error.to_string();
+                if self.problem != problem {
+                    tracing::warn!(cluster = %self.cluster, problem, "remote cluster is not admitted");
+                }
+                self.problem = problem;
+                Vec::new()
+            }
+            Ok(admitted) => {
+                self.problem.clear();
+                if before.as_ref() == Some(&admitted) {
+                    return Vec::new();
+                }
+                let mut changes = Vec::new();
+                let moved = |before: &Admitted| before.id != admitted.id || before.scope != admitted.scope;
+                if before.as_ref().is_some_and(moved) {
+                    tracing::warn!(cluster = %self.cluster, id = %admitted.id, "remote cluster changed its ID or its place; starting over");
+                    changes = self.drain_objects(store);
+                    ids.release(&self.cluster);
+                    // Its new ID was free a moment ago, and nobody else was asked since.
+                    let _ = admit(&self.cluster, self.config.as_deref(), self.max, ids);
+                }
+                if !admitted.slices {
+                    changes.extend(self.drop_slices(store));
+                }
+                let config = admitted.mirrored.encode();
+                store.put_local(keys::cluster_config(&self.cluster).into(), config.into());
+                self.admitted = Some(admitted);
+                changes.extend(self.start_kinds(store));
+                changes
+            }
+        }
+    }
+
+    fn drop_slices(&mut self, store: &mut Store) -> Vec<FeedChange> {
+        let is_slices = |kind: &Kind| matches!(kind, Kind::Frames | Kind::Slices);
+        let names: Vec<Arc<str>> = self
+            .kinds
+            .iter()
+            .filter(|(_, (kind, _))| is_slices(kind))
+            .map(|(name, _)| name.clone())
+            .collect();
+        let mut changes = Vec::new();
+        for name in names {
+            if let Some((kind, mirrored)) = self.kinds.remove(&name) {
+                store.remove_sub(&mirrored.sub);
+                if let Some(canary) = keys::canary(&self.cluster, kind, Scope::Cache) {
+                    store.delete_local(canary.as_bytes());
+                }
+                changes.push(FeedChange::Remove(name));
+            }
+        }
+        changes
+    }
+
+    // Kinds.
+
+    fn on_canaries(&mut self, reported: Vec<Change>) {
+        let prefix = self.synced_prefix();
+        for change in reported {
+            // That a canary is deleted says nothing.
+            if let Change::Put { key, .. } = change
+                && let Ok(base) = keys::suffix(&key, &prefix)
+                && self.canaries.len() < CANARIES_MAX
+            {
+                self.canaries.insert(base.to_owned());
+            }
+        }
+    }
+
+    /// Begins to follow the kinds that are complete at the source.
+    fn start_kinds(&mut self, store: &mut Store) -> Vec<FeedChange> {
+        let Some(admitted) = self.admitted.clone() else {
+            return Vec::new();
+        };
+        let mut changes = Vec::new();
+        for kind in wanted(&admitted) {
+            let Some(base) = kind.base_prefix(admitted.scope) else {
+                continue;
+            };
+            if admitted.canaries && !self.canaries.contains(base) {
+                continue;
+            }
+            let Some(border) = Border::new(kind, admitted.scope, &self.cluster, admitted.id, self.max) else {
+                continue;
+            };
+            let feed = feed(kind, &border);
+            if self.kinds.contains_key(&feed.name) {
+                continue;
+            }
+            let sub = SubId::Remote(self.cluster.clone(), kind);
+            store.add_sub(sub.clone());
+            let mirrored = Mirrored {
+                border,
+                sub,
+                ingest: Ingest::default(),
+                synced: false,
+            };
+            self.kinds.insert(feed.name.clone(), (kind, mirrored));
+            changes.push(FeedChange::Add(feed));
+        }
+        changes
+    }
+
+    fn on_objects(&mut self, store: &mut Store, feed: &Arc<str>, revision: i64, reported: Vec<Change>) {
+        let Some((_, mirrored)) = self.kinds.get_mut(feed) else {
+            return;
+        };
+        let mut ingested = Vec::with_capacity(reported.len());
+        let mut refusals: Vec<(Bytes, Refusal)> = Vec::new();
+        for change in reported {
+            match change {
+                Change::Put {
+                    key,
+                    value,
+                    create_revision,
+                    mod_revision,
+                    version,
+                } => match mirrored.border.check(&key, &value) {
+                    Ok(to) => {
+                        self.logged.remove(&key);
+                        ingested.push(Ingested::Change(SourceChange::Put {
+                            key: to.into(),
+                            value,
+                            create_revision,
+                            mod_revision,
+                            version,
+                        }));
+                    }
+                    Err(refusal) => {
+                        ingested.extend(
+                            mirrored
+                                .border
+                                .translate(&key)
+                                .ok()
+                                .map(|to| Ingested::Kept(to.into())),
+                        );
+                        refusals.push((key, refusal));
+                    }
+                },
+                Change::Delete { key, mod_revision } => {
+                    self.logged.remove(&key);
+                    // A key that does not translate was never taken.
+                    if let Ok(to) = mirrored.border.translate(&key) {
+                        let key = to.into();
+                        ingested.push(Ingested::Change(SourceChange::Delete { key, mod_revision }));
+                    }
+                }
+                Change::Refused { key, len, .. } => {
+                    ingested.extend(
+                        mirrored
+                            .border
+                            .translate(&key)
+                            .ok()
+                            .map(|to| Ingested::Kept(to.into())),
+                    );
+                    let limit = VALUE_LEN_MAX;
+                    refusals.push((key, Refusal::TooLarge { len, limit }));
+                }
+            }
+        }
+        mirrored
+            .ingest
+            .on_changes(store, &mirrored.sub, revision, ingested);
+        for (key, refusal) in refusals {
+            self.on_refusal(key, &refusal);
+        }
+    }
+
+    fn on_refusal(&mut self, key: Bytes, refusal: &Refusal) {
+        let reason = refusal.reason();
+        *self.status.refused.entry(reason.to_owned()).or_default() += 1;
+        *self.new_refusals.entry(reason).or_default() += 1;
+        let name: String = String::from_utf8_lossy(&key).chars().take(256).collect();
+        if self.logged.len() < LOGGED_MAX && self.logged.insert(Bytes::copy_from_slice(&key)) {
+            let refusal: &dyn std::error::Error = refusal;
+            tracing::warn!(cluster = %self.cluster, key = name, reason, error = refusal, "refused an object; its previous value stays");
+        }
+        let last = &mut self.status.last_refusals;
+        last.push(format!("{name}: {refusal}"));
+        if last.len() > LAST_REFUSALS_MAX {
+            last.remove(0);
+        }
+    }
+
+    fn on_synced(&mut self, store: &mut Store, feed: &Arc<str>) {
+        let Some((kind, mirrored)) = self.kinds.get_mut(feed) else {
+            return;
+        };
+        if !std::mem::replace(&mut mirrored.synced, true)
+            && let Some(canary) = keys::canary(&self.cluster, *kind, Scope::Cache)
+        {
+            // Readers look at the key only.
+            store.put_local(canary.into(), Bytes::from_static(b"true"));
+        }
+    }
+
+    // Status.
+
+    fn refresh(&mut self, store: &Store) {
+        let status = &mut self.status;
+        status.objects.clear();
+        status.synced.clear();
+        let wanted = self.admitted.as_ref().map(wanted).unwrap_or_default();
+        for kind in &wanted {
+            status.synced.insert(kind_name(*kind).to_owned(), false);
+        }
+        for (kind, mirrored) in self.kinds.values() {
+            let keys = store.status(&mirrored.sub).map_or(0, |sub| sub.keys as u64);
+            status.objects.insert(kind_name(*kind).to_owned(), keys);
+            status.synced.insert(kind_name(*kind).to_owned(), mirrored.synced);
+        }
+        status.cluster_id = self
+            .admitted
+            .as_ref()
+            .map_or(0, |admitted| admitted.id.get().into());
+        status.slices = self.admitted.as_ref().is_some_and(|admitted| admitted.slices);
+        let synced = status.synced.values().all(|synced| *synced);
+        status.ready = self.admitted.is_some() && self.problem.is_empty() && synced;
+        let waiting = || {
+            let missing = status
+                .synced
+                .iter()
+                .filter(|(_, synced)| !**synced)
+                .map(|(kind, _)| kind.as_str());
+            let missing: Vec<&str> = missing.collect();
+            if missing.is_empty() {
+                String::new()
+            } else {
+                format!("waiting for {}", missing.join(", "))
+            }
+        };
+        let texts = [self.connection_error.clone(), self.problem.clone(), waiting()];
+        status.status = texts
+            .into_iter()
+            .find(|text| !text.is_empty())
+            .unwrap_or_default();
+    }
+
+    fn write_status(&mut self, store: &mut Store) {
+        if self.written.as_ref() == Some(&self.status) {
+            return;
+        }
+        self.written = Some(self.status.clone());
+        let key = format!("{REMOTE_STATUS}{}", self.cluster);
+        store.put_local(key.into(), self.status.encode().into());
+    }
+
+    /// Brings the metrics up to date.
+    pub fn export(&mut self, metrics: &MirrorMetrics) {
+        let target = Target {
+            target_cluster: self.cluster.to_string(),
+        };
+        let ready = self.status.connected && self.status.ready;
+        metrics.readiness.get_or_create(&target).set(ready.into());
+        if self.new_failures > 0 {
+            metrics
+                .failures
+                .get_or_create(&target)
+                .inc_by(std::mem::take(&mut self.new_failures));
+            let seconds = i64::try_from(self.status.last_failure_ms / 1000).unwrap_or(i64::MAX);
+            metrics.last_failure.get_or_create(&target).set(seconds);
+        }
+        for (reason, count) in std::mem::take(&mut self.new_refusals) {
+            let refused = Refused {
+                target_cluster: self.cluster.to_string(),
+                reason,
+            };
+            metrics.refused.get_or_create(&refused).inc_by(count);
+        }
+    }
+}
+
+/// The kinds that a remote cluster publishes.
+fn wanted(admitted: &Admitted) -> Vec<Kind> {
+    let slices = admitted.slices;
+    Kind::ALL
+        .into_iter()
+        .filter(|kind| slices || !matches!(kind, Kind::Frames | Kind::Slices))
+        .collect()
+}
+
+fn feed(kind: Kind, border: &Border) -> Feed {
+    Feed::prefix(border.prefix(), kind.value_len_max())
+}

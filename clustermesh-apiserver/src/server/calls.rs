@@ -1,0 +1,174 @@
+//! The calls around reading that clients make: leases to which nothing is ever attached, status, members, authentication.
+
+use std::{pin::Pin, sync::Arc};
+
+use futures::{Stream, StreamExt};
+use isthmus_proto::etcdserverpb::{
+    AlarmRequest, AlarmResponse, AuthenticateRequest, AuthenticateResponse, LeaseGrantRequest,
+    LeaseGrantResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseLeasesRequest,
+    LeaseLeasesResponse, LeaseRevokeRequest, LeaseRevokeResponse, LeaseTimeToLiveRequest,
+    LeaseTimeToLiveResponse, Member, MemberListRequest, MemberListResponse, ResponseHeader, StatusRequest,
+    StatusResponse, auth_server, cluster_server, lease_server, maintenance_server,
+};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Context, Peer, errors};
+use crate::store::{Route, SubId};
+
+/// TTL of every lease, in seconds: that of Cilium's readers.
+const LEASE_TTL: i64 = 900;
+/// What Status says; Cilium 1.4 wants 3.1.0 or newer.
+const VERSION: &str = "3.5.0";
+
+pub(super) struct Calls(pub(super) Arc<Context>);
+
+impl Calls {
+    /// A header of the own cluster's view, for a peer that has rights. (Cilium's readers pin the first cluster ID they see.)
+    fn header<T>(&self, request: &Request<T>) -> Result<ResponseHeader, Status> {
+        if Peer::of(request)?.rights.is_none() {
+            return Err(errors::permission_denied());
+        }
+        own_header(&self.0)
+    }
+}
+
+fn own_header(context: &Context) -> Result<ResponseHeader, Status> {
+    let own = Route::Sub(SubId::Own);
+    context.shared.read(|store| {
+        if store.is_served(&own) {
+            Ok(store.header(&own))
+        } else {
+            Err(errors::no_leader())
+        }
+    })
+}
+
+#[tonic::async_trait]
+impl lease_server::Lease for Calls {
+    async fn lease_grant(
+        &self,
+        request: Request<LeaseGrantRequest>,
+    ) -> Result<Response<LeaseGrantResponse>, Status> {
+        let header = self.header(&request)?;
+        let request = request.into_inner();
+        let id = match request.id {
+            0 => rand::random_range(1..i64::MAX),
+            id => id,
+        };
+        Ok(Response::new(LeaseGrantResponse {
+            header: Some(header),
+            id,
+            ttl: request.ttl.max(LEASE_TTL),
+            error: String::new(),
+        }))
+    }
+
+    async fn lease_revoke(
+        &self,
+        request: Request<LeaseRevokeRequest>,
+    ) -> Result<Response<LeaseRevokeResponse>, Status> {
+        let header = Some(self.header(&request)?);
+        Ok(Response::new(LeaseRevokeResponse { header }))
+    }
+
+    type LeaseKeepAliveStream = Pin<Box<dyn Stream<Item = Result<LeaseKeepAliveResponse, Status>> + Send>>;
+
+    async fn lease_keep_alive(
+        &self,
+        request: Request<Streaming<LeaseKeepAliveRequest>>,
+    ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
+        self.header(&request)?;
+        let context = self.0.clone();
+        let answers = request.into_inner().map(move |request| {
+            Ok(LeaseKeepAliveResponse {
+                header: Some(own_header(&context)?),
+                id: request?.id,
+                ttl: LEASE_TTL,
+            })
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn lease_time_to_live(
+        &self,
+        request: Request<LeaseTimeToLiveRequest>,
+    ) -> Result<Response<LeaseTimeToLiveResponse>, Status> {
+        let header = Some(self.header(&request)?);
+        Ok(Response::new(LeaseTimeToLiveResponse {
+            header,
+            id: request.into_inner().id,
+            ttl: LEASE_TTL,
+            granted_ttl: LEASE_TTL,
+            keys: Vec::new(),
+        }))
+    }
+
+    async fn lease_leases(
+        &self,
+        request: Request<LeaseLeasesRequest>,
+    ) -> Result<Response<LeaseLeasesResponse>, Status> {
+        let header = Some(self.header(&request)?);
+        Ok(Response::new(LeaseLeasesResponse {
+            header,
+            leases: Vec::new(),
+        }))
+    }
+}
+
+#[tonic::async_trait]
+impl cluster_server::Cluster for Calls {
+    async fn member_list(
+        &self,
+        request: Request<MemberListRequest>,
+    ) -> Result<Response<MemberListResponse>, Status> {
+        let header = self.header(&request)?;
+        let member = Member {
+            id: header.member_id,
+            name: self.0.cluster.to_string(),
+            client_ur_ls: vec![format!("https://{}", self.0.address)],
+            ..Default::default()
+        };
+        Ok(Response::new(MemberListResponse {
+            header: Some(header),
+            members: vec![member],
+        }))
+    }
+}
+
+#[tonic::async_trait]
+impl maintenance_server::Maintenance for Calls {
+    async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        let header = self.header(&request)?;
+        let index = u64::try_from(header.revision).unwrap_or_default();
+        Ok(Response::new(StatusResponse {
+            version: VERSION.to_owned(),
+            // Some size, so that tools which divide by it do not.
+            db_size: 1,
+            db_size_in_use: 1,
+            leader: header.member_id,
+            raft_index: index,
+            raft_term: header.raft_term,
+            raft_applied_index: index,
+            header: Some(header),
+            ..Default::default()
+        }))
+    }
+
+    async fn alarm(&self, request: Request<AlarmRequest>) -> Result<Response<AlarmResponse>, Status> {
+        let header = Some(self.header(&request)?);
+        Ok(Response::new(AlarmResponse {
+            header,
+            alarms: Vec::new(),
+        }))
+    }
+}
+
+#[tonic::async_trait]
+impl auth_server::Auth for Calls {
+    async fn authenticate(
+        &self,
+        _: Request<AuthenticateRequest>,
+    ) -> Result<Response<AuthenticateResponse>, Status> {
+        Err(errors::no_authentication())
+    }
+}

@@ -1,0 +1,44 @@
+//! etcd's errors. Clients recognise them by their text, so the texts are part of the protocol.
+
+use tonic::Status;
+
+/// Text of a denied call; a denied watch carries it in its cancel reason.
+pub const PERMISSION_DENIED: &str = "etcdserver: permission denied";
+
+/// A write, or a read outside the peer's ranges.
+pub fn permission_denied() -> Status {
+    Status::permission_denied(PERMISSION_DENIED)
+}
+
+/// A range without a key.
+pub fn empty_key() -> Status {
+    Status::invalid_argument("etcdserver: key is not provided")
+}
+
+/// A sort order or target that is none.
+pub fn invalid_sort() -> Status {
+    Status::invalid_argument("etcdserver: invalid sort option")
+}
+
+/// The own cluster's state is not known yet.
+pub fn no_leader() -> Status {
+    Status::unavailable("etcdserver: no leader")
+}
+
+/// This process ends. Clients resume their watches elsewhere from their own revisions.
+pub fn stopped() -> Status {
+    Status::unavailable("etcdserver: server stopped")
+}
+
+/// Password authentication; makes etcd's client drop a configured password.
+pub fn no_authentication() -> Status {
+    Status::failed_precondition("etcdserver: authentication is not enabled")
+}
+
+/// A limit of this server is reached.
+pub const TOO_MANY_REQUESTS: &str = "etcdserver: too many requests";
+
+/// A revision that cannot be read.
+pub fn out_of_range(error: crate::store::RangeError) -> Status {
+    Status::out_of_range(error.to_string())
+}

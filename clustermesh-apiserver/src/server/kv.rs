@@ -1,0 +1,88 @@
+//! The KV service: Range. Every write is refused.
+
+use std::sync::Arc;
+
+use isthmus_proto::etcdserverpb::{
+    CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse,
+    RangeRequest, RangeResponse, TxnRequest, TxnResponse, kv_server,
+    range_request::{SortOrder, SortTarget},
+};
+use isthmus_tls::rights::KeyRange;
+use tonic::{Request, Response, Status};
+
+use super::{Context, Peer, errors};
+use crate::store::RangeError;
+
+pub(super) struct Kv(pub(super) Arc<Context>);
+
+impl Kv {
+    fn read(
+        &self,
+        range: &KeyRange,
+        request: &RangeRequest,
+    ) -> Result<Result<RangeResponse, RangeError>, Status> {
+        self.0.shared.read(|store| {
+            let route = store.route(range);
+            if store.is_served(&route) {
+                Ok(store.range(&route, request))
+            } else {
+                Err(errors::no_leader())
+            }
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl kv_server::Kv for Kv {
+    async fn range(&self, request: Request<RangeRequest>) -> Result<Response<RangeResponse>, Status> {
+        let peer = Peer::of(&request)?;
+        let request = request.into_inner();
+        if request.key.is_empty() {
+            return Err(errors::empty_key());
+        }
+        if SortOrder::try_from(request.sort_order).is_err()
+            || SortTarget::try_from(request.sort_target).is_err()
+        {
+            return Err(errors::invalid_sort());
+        }
+        let range = KeyRange::from_etcd(&request.key, &request.range_end);
+        if !peer.may_read(&range) {
+            return Err(errors::permission_denied());
+        }
+        self.0.metrics.ranges.inc();
+        let mut changes = self.0.shared.changes();
+        let mut answer = self.read(&range, &request)?;
+        if answer == Err(RangeError::Future) {
+            // A reader that comes from another replica may be some milliseconds ahead of this one.
+            let reached = async {
+                while answer == Err(RangeError::Future) && changes.changed().await.is_ok() {
+                    answer = self.read(&range, &request)?;
+                }
+                Ok::<_, Status>(())
+            };
+            if let Ok(result) = tokio::time::timeout(self.0.limits.future_revision_wait, reached).await {
+                result?;
+            }
+        }
+        answer.map(Response::new).map_err(errors::out_of_range)
+    }
+
+    async fn put(&self, _: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
+        Err(errors::permission_denied())
+    }
+
+    async fn delete_range(
+        &self,
+        _: Request<DeleteRangeRequest>,
+    ) -> Result<Response<DeleteRangeResponse>, Status> {
+        Err(errors::permission_denied())
+    }
+
+    async fn txn(&self, _: Request<TxnRequest>) -> Result<Response<TxnResponse>, Status> {
+        Err(errors::permission_denied())
+    }
+
+    async fn compact(&self, _: Request<CompactionRequest>) -> Result<Response<CompactionResponse>, Status> {
+        Err(errors::permission_denied())
+    }
+}

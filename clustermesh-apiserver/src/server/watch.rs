@@ -1,0 +1,148 @@
+//! The Watch service. Events go to the wire as they were encoded once, which the generated service cannot do: its messages
+//! are encoded anew for each stream.
+
+use std::{convert::Infallible, sync::Arc};
+
+use bytes::{BufMut, Bytes};
+use isthmus_proto::etcdserverpb::{WatchRequest, WatchResponse};
+use isthmus_runtime::CancellationToken;
+use prost::Message;
+use tonic::{
+    Request, Response, Status, Streaming,
+    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
+    codegen::{Body, BoxFuture, Context as TaskContext, Poll, Service, StdError, http},
+    server::{Grpc, NamedService, StreamingService},
+};
+
+use super::{Context, Peer, stream::WatchStream};
+
+const SERVICE: &str = "etcdserverpb.Watch";
+const METHOD: &str = "/etcdserverpb.Watch/Watch";
+
+/// A `WatchResponse` whose events are encoded already.
+#[derive(Debug)]
+pub(super) struct Frame {
+    /// Everything but the events.
+    pub(super) head: WatchResponse,
+    /// Each with its tag and length.
+    pub(super) events: Vec<Bytes>,
+}
+
+impl Frame {
+    /// A frame without events.
+    pub(super) fn control(head: WatchResponse) -> Self {
+        Self {
+            head,
+            events: Vec::new(),
+        }
+    }
+}
+
+struct WatchCodec;
+
+impl Codec for WatchCodec {
+    type Encode = Frame;
+    type Decode = WatchRequest;
+    type Encoder = FrameEncoder;
+    type Decoder = RequestDecoder;
+
+    fn encoder(&mut self) -> FrameEncoder {
+        FrameEncoder
+    }
+
+    fn decoder(&mut self) -> RequestDecoder {
+        RequestDecoder
+    }
+}
+
+struct FrameEncoder;
+
+impl Encoder for FrameEncoder {
+    type Item = Frame;
+    type Error = Status;
+
+    fn encode(&mut self, frame: Frame, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        let len = frame.head.encoded_len() + frame.events.iter().map(Bytes::len).sum::<usize>();
+        buffer.reserve(len);
+        frame
+            .head
+            .encode(buffer)
+            .map_err(|error| Status::internal(error.to_string()))?;
+        // Fields of a message may come in any order, and repeated ones add up: the events simply follow.
+        for event in frame.events {
+            buffer.put_slice(&event);
+        }
+        Ok(())
+    }
+}
+
+struct RequestDecoder;
+
+impl Decoder for RequestDecoder {
+    type Item = WatchRequest;
+    type Error = Status;
+
+    fn decode(&mut self, buffer: &mut DecodeBuf<'_>) -> Result<Option<WatchRequest>, Status> {
+        WatchRequest::decode(buffer)
+            .map(Some)
+            .map_err(|error| Status::invalid_argument(error.to_string()))
+    }
+}
+
+/// The service.
+#[derive(Clone)]
+pub(super) struct WatchServer {
+    context: Arc<Context>,
+    shutdown: CancellationToken,
+}
+
+impl WatchServer {
+    pub(super) fn new(context: Arc<Context>, shutdown: CancellationToken) -> Self {
+        Self { context, shutdown }
+    }
+}
+
+impl NamedService for WatchServer {
+    const NAME: &'static str = SERVICE;
+}
+
+impl StreamingService<WatchRequest> for WatchServer {
+    type Response = Frame;
+    type ResponseStream = WatchStream;
+    type Future = BoxFuture<Response<WatchStream>, Status>;
+
+    fn call(&mut self, request: Request<Streaming<WatchRequest>>) -> Self::Future {
+        let peer = Peer::of(&request);
+        let (context, shutdown) = (self.context.clone(), self.shutdown.clone());
+        Box::pin(async move {
+            let stream = WatchStream::new(context, peer?, request.into_inner(), shutdown);
+            Ok(Response::new(stream))
+        })
+    }
+}
+
+impl<B> Service<http::Request<B>> for WatchServer
+where
+    B: Body + Send + 'static,
+    B::Error: Into<StdError> + Send + 'static,
+{
+    type Response = http::Response<tonic::body::Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Self::Response, Infallible>;
+
+    fn poll_ready(&mut self, _: &mut TaskContext<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {
+        let service = self.clone();
+        Box::pin(async move {
+            if request.uri().path() != METHOD {
+                return Ok(Status::unimplemented("").into_http());
+            }
+            let limit = service.context.limits.request_bytes;
+            let mut grpc = Grpc::new(WatchCodec).apply_max_message_size_config(Some(limit), None);
+            Ok(grpc.streaming(service, request).await)
+        })
+    }
+}

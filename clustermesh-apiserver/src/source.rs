@@ -1,0 +1,94 @@
+//! Follows the own cluster's etcd into the store, by one watch over everything: so its revisions stay in order.
+
+use isthmus_kvstore::{Change, Feed, Follow, Update};
+use isthmus_runtime::{Health, State};
+
+use crate::{
+    ingest::{Ingest, Ingested},
+    shared::Shared,
+    store::{SourceChange, Store, SubId},
+};
+
+/// Name of this part in the health register.
+const PART: &str = "etcd";
+/// From the first key of Cilium's up to the last of ours.
+const FIRST_KEY: &str = "cilium/";
+const END_KEY: &str = "isthmus0";
+
+/// The range to follow. Values are bounded by the largest kind.
+pub fn feed() -> Feed {
+    Feed::range(FIRST_KEY, END_KEY, isthmus_wire::refusal::SERVICE_JSON_LEN_MAX)
+}
+
+/// Runs until `follow` ends. While the etcd is away the last state is served as it is, heartbeat included: readers see its age.
+pub async fn run(mut follow: Follow, shared: Shared, health: Health) {
+    health.set(PART, State::Starting("waiting for the first list".to_owned()));
+    let mut ingest = Ingest::default();
+    let mut listed = false;
+    while let Some(update) = follow.updates.recv().await {
+        match update {
+            Update::Connected { client } => {
+                tracing::info!(endpoint = %client.endpoint(), "connected to the own etcd")
+            }
+            Update::Disconnected { error } | Update::Failed { error, .. } => {
+                tracing::warn!(error, "the own etcd does not answer");
+                health.set(
+                    PART,
+                    if listed {
+                        State::Degraded(format!("serving the last known state: {error}"))
+                    } else {
+                        State::Starting(error)
+                    },
+                );
+            }
+            Update::Listing { trusted, .. } => ingest.on_listing(trusted),
+            Update::Changes {
+                revision, changes, ..
+            } => shared.update(|store| {
+                let changes = changes
+                    .into_iter()
+                    .filter_map(|change| own(store, change))
+                    .collect();
+                ingest.on_changes(store, &SubId::Own, revision, changes);
+            }),
+            Update::Listed {
+                cluster_id,
+                revision,
+                new_history,
+                ..
+            } => {
+                shared.update(|store| ingest.on_listed(store, &SubId::Own, cluster_id, revision, new_history))
+            }
+            Update::Synced { revision, .. } => {
+                listed = true;
+                tracing::info!(revision, "the own etcd's state is complete");
+                health.set(PART, State::Ok("following".to_owned()));
+            }
+        }
+    }
+}
+
+/// The change, if it is of a key that the own etcd has a say in.
+fn own(store: &Store, change: Change) -> Option<Ingested> {
+    let ingested = match change {
+        Change::Put {
+            key,
+            value,
+            create_revision,
+            mod_revision,
+            version,
+        } => Ingested::Change(SourceChange::Put {
+            key,
+            value,
+            create_revision,
+            mod_revision,
+            version,
+        }),
+        Change::Delete { key, mod_revision } => Ingested::Change(SourceChange::Delete { key, mod_revision }),
+        Change::Refused { key, len, .. } => {
+            tracing::warn!(key = %String::from_utf8_lossy(&key), len, "value in the own etcd is too large; keeping the previous one");
+            Ingested::Kept(key)
+        }
+    };
+    store.is_own(ingested.key()).then_some(ingested)
+}
