@@ -1,3 +1,70 @@
-//! Parses arguments, runs, exits.
+//! Benchmarks beside a peer, in one run: `cargo xtask bench NAME [--json]`.
 
-fn main() {}
+mod failover;
+mod figure;
+mod mapfill;
+mod merge;
+
+use std::process::ExitCode;
+
+use clap::{Parser, ValueEnum};
+
+use figure::Figure;
+
+#[derive(Parser)]
+#[command(about = "Measures Isthmus beside a peer; one line a figure")]
+struct Args {
+    /// Which benchmark.
+    name: Name,
+    /// One JSON line a figure and nothing else on standard output.
+    #[arg(long)]
+    json: bool,
+    /// Changes that `failover` measures.
+    #[arg(long, default_value_t = 200)]
+    changes: usize,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Name {
+    /// Readiness change in one cluster's Kubernetes API to the BPF map on a node of another (needs root).
+    Failover,
+    /// Merging 200 clusters: time and memory.
+    Merge,
+    /// 1,000,000 ipcache entries into the kernel (needs root).
+    Mapfill,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let figures = match args.name {
+        Name::Failover => failover::run(args.changes),
+        Name::Merge => merge::run(),
+        Name::Mapfill => mapfill::run(),
+    };
+    match figures {
+        Ok(figures) => {
+            figures.iter().for_each(|figure| print(figure, args.json));
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(figure: &Figure, json: bool) {
+    if json {
+        // A figure has no map and no value that JSON cannot hold.
+        println!("{}", serde_json::to_string(figure).unwrap_or_default());
+        return;
+    }
+    let peer = match (figure.peer, figure.peer_name, figure.ratio) {
+        (Some(peer), Some(name), Some(ratio)) => format!("; {name}: {peer} {}; ratio {ratio}", figure.unit),
+        _ => String::new(),
+    };
+    println!(
+        "{} {}: {} {}{peer}",
+        figure.bench, figure.metric, figure.ours, figure.unit
+    );
+}
