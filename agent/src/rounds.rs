@@ -432,12 +432,22 @@ impl Rounds {
                 self.begin_round(now);
                 continue;
             }
+            self.settle(now);
             if self.reconciler.full_pass_due(now) && self.compare.is_none() {
                 self.written.clear();
                 let datapath = Arc::clone(&self.datapath);
                 self.compare = Some(tokio::task::spawn_blocking(move || dump(&datapath)));
             }
             return;
+        }
+    }
+
+    /// Everything known is in the maps, or was tried.
+    fn settle(&mut self, now: Duration) {
+        self.facts.state.on_settled();
+        if !self.facts.remotes_passed && status::remotes_pass(&self.facts, now) {
+            self.facts.remotes_passed = true;
+            self.report(now);
         }
     }
 
@@ -519,13 +529,6 @@ impl Rounds {
                 .metrics
                 .propagation_seconds
                 .observe(since.elapsed().as_secs_f64());
-        }
-        self.facts.state.on_applied();
-        let now = self.now();
-        let passed = status::remotes_pass(&self.facts, now);
-        if passed && !self.facts.remotes_passed {
-            self.facts.remotes_passed = true;
-            self.report(now);
         }
         if self.failed_endpoints.is_empty() {
             let revision = self.revision;

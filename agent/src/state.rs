@@ -155,7 +155,7 @@ enum Feed {
 
 #[derive(Debug)]
 enum Buffered {
-    Put(Object),
+    Put(Box<Object>),
     Gone(ObjectName),
 }
 
@@ -185,8 +185,8 @@ pub struct State {
     heartbeats: u64,
     heartbeat: Vec<u8>,
     routes_changed: bool,
-    /// Clusters whose sources were all listed when the last plan was drained.
-    drained: Vec<ClusterName>,
+    /// Something was listed in full since [`Self::on_settled`].
+    listed: bool,
     /// Clusters of which everything was written to the maps once.
     applied: Vec<ClusterName>,
 }
@@ -218,7 +218,7 @@ impl State {
             heartbeats: 0,
             heartbeat: vec![],
             routes_changed: true,
-            drained: vec![],
+            listed: false,
             applied: vec![],
         }
     }
@@ -278,14 +278,6 @@ impl State {
         let mut plan = self.lb.drain();
         plan.merge(self.ipcache.drain_at_most(ipcache_max));
         plan.merge(self.local.drain());
-        if !self.has_changes() {
-            self.drained = self
-                .sources
-                .clusters()
-                .filter(|(_, cluster)| cluster.is_synced())
-                .map(|(name, _)| name.clone())
-                .collect();
-        }
         plan
     }
 
@@ -294,11 +286,15 @@ impl State {
         self.lb.has_changes() || self.ipcache.has_changes() || self.local.has_changes()
     }
 
-    /// Every plan that was drained has been tried.
-    pub fn on_applied(&mut self) {
-        for name in std::mem::take(&mut self.drained) {
-            if !self.applied.contains(&name) {
-                self.applied.push(name);
+    /// Every plan that was drained has been tried, and there is nothing to drain: what is listed is applied.
+    pub fn on_settled(&mut self) {
+        if !std::mem::take(&mut self.listed) {
+            return;
+        }
+        let synced = self.sources.clusters().filter(|(_, cluster)| cluster.is_synced());
+        for (name, _) in synced {
+            if !self.applied.contains(name) {
+                self.applied.push(name.clone());
             }
         }
     }
@@ -395,7 +391,6 @@ impl State {
         self.json_slices.retain(|(cluster, _), _| cluster != name);
         self.rereading.remove(name);
         self.applied.retain(|cluster| cluster != name);
-        self.drained.retain(|cluster| cluster != name);
     }
 
     // === what the upstream said ===
@@ -516,6 +511,7 @@ impl State {
             Feed::Heartbeat | Feed::Canaries(_) => vec![],
             Feed::Objects(source) => {
                 if self.sources.on_listed(&source) {
+                    self.listed = true;
                     self.on_listed(&source);
                 }
                 vec![]
@@ -574,7 +570,7 @@ impl State {
             .retain(|(cluster, _), _| *cluster != source.cluster);
         for change in buffered {
             match change {
-                Buffered::Put(object) => self.put(source, object),
+                Buffered::Put(object) => self.put(source, *object),
                 Buffered::Gone(name) => self.gone(source, name),
             }
         }
@@ -585,7 +581,7 @@ impl State {
 
     fn put_or_buffer(&mut self, source: &Source, object: Object) {
         match self.rereading.get_mut(&source.cluster) {
-            Some(buffer) if is_service(source.kind) => buffer.push(Buffered::Put(object)),
+            Some(buffer) if is_service(source.kind) => buffer.push(Buffered::Put(Box::new(object))),
             _ => self.put(source, object),
         }
     }
