@@ -212,12 +212,21 @@ impl std::fmt::Display for ComponentState {
 pub struct PodHandle {
     /// The network namespace's file.
     pub netns: PathBuf,
-    /// The pod's cgroup; processes go into the child `exec`.
+    /// The cgroup for processes that run beside the pod's containers: the child `exec` of the pod's own.
     pub cgroup: PathBuf,
     /// The environment of its first container.
     pub env: Vec<(String, String)>,
     /// Its addresses.
     pub ips: Vec<String>,
+}
+
+impl PodHandle {
+    /// The cgroup of the whole pod: killing it is what a crash of every container looks like.
+    pub fn pod_cgroup(&self) -> PathBuf {
+        self.cgroup
+            .parent()
+            .map_or_else(|| self.cgroup.clone(), PathBuf::from)
+    }
 }
 
 #[cfg(test)]

@@ -29,6 +29,8 @@ use manifests::{CLIENT, NAMESPACE, REPLICAS, SERVICE};
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Requests a second of each client.
 const RATE: u32 = 200;
+/// Requests a second while servers crash: how finely the failover is seen.
+const CRASH_RATE: u32 = 1000;
 /// A failover that takes longer has failed, in milliseconds.
 const FAILOVER_MAX_MS: f64 = 1000.0;
 
@@ -174,7 +176,7 @@ impl Stage<'_> {
         self.say("1. One name, two clusters: who answers a client of each?");
         let targets = [&self.near, &self.far].map(|side| (side.cluster.clone(), side.frontend));
         for (cluster, target) in targets {
-            let load = self.load(&cluster, target, Style::Connections).await?;
+            let load = self.load(&cluster, target, Style::Connections, RATE).await?;
             let tally = load
                 .until(200, PATIENCE, "answers from both clusters", both)
                 .await?;
@@ -304,15 +306,18 @@ impl Stage<'_> {
     async fn kill(&mut self) -> anyhow::Result<()> {
         let near = self.near.cluster.clone();
         self.say(&format!("5. Crash: kill -9 of every server in {near} at once"));
-        let load = self.near_load(Style::Connections).await?;
-        load.next(200, PATIENCE).await?;
+        let load = self
+            .load(&near, self.near.frontend, Style::Connections, CRASH_RATE)
+            .await?;
+        load.next(500, PATIENCE).await?;
         let names = "jsonpath={.items[*].metadata.name}";
         let pods = ["-n", NAMESPACE, "get", "pods", "-l", "app=hello", "-o", names];
         let mut cgroups = vec![];
         for pod in self.near.kubectl.run(&pods).await?.split_whitespace() {
-            cgroups.push(self.sandbox.pod(&near, NAMESPACE, pod).await?.cgroup);
+            cgroups.push(self.sandbox.pod(&near, NAMESPACE, pod).await?.pod_cgroup());
         }
         ensure!(!cgroups.is_empty(), "no servers to kill in {near}");
+        let before = self.restarts().await?;
         let mark = load.mark();
         let killed_us = now_us();
         for cgroup in &cgroups {
@@ -335,6 +340,12 @@ impl Stage<'_> {
         ));
         let back = "answers from both clusters again (the kubelet restarts the servers)";
         load.until(200, PATIENCE, back, both).await?;
+        let restarted = self.restarts().await? - before;
+        ensure!(
+            restarted == cgroups.len() as u64,
+            "{} servers were killed, {restarted} restarted",
+            cgroups.len()
+        );
         self.count(&load.stop().await?);
         ensure!(
             failover_ms <= FAILOVER_MAX_MS,
@@ -409,18 +420,29 @@ impl Stage<'_> {
         Ok(())
     }
 
-    async fn near_load(&self, style: Style) -> anyhow::Result<Load> {
-        self.load(&self.near.cluster, self.near.frontend, style).await
+    /// How often the near cluster's servers were restarted.
+    async fn restarts(&self) -> anyhow::Result<u64> {
+        let counts = "jsonpath={.items[*].status.containerStatuses[*].restartCount}";
+        let args = ["-n", NAMESPACE, "get", "pods", "-l", "app=hello", "-o", counts];
+        let text = self.near.kubectl.run(&args).await?;
+        text.split_whitespace()
+            .map(|count| count.parse::<u64>().context("restart count"))
+            .sum()
     }
 
-    async fn load(&self, cluster: &str, target: SocketAddr, style: Style) -> anyhow::Result<Load> {
+    async fn near_load(&self, style: Style) -> anyhow::Result<Load> {
+        self.load(&self.near.cluster, self.near.frontend, style, RATE)
+            .await
+    }
+
+    async fn load(&self, cluster: &str, target: SocketAddr, style: Style, rate: u32) -> anyhow::Result<Load> {
         let (namespace, pod) = (NAMESPACE.to_owned(), CLIENT.to_owned());
         let asker = Asker {
             cluster: cluster.to_owned(),
             namespace,
             pod,
         };
-        Load::start(self.sandbox, &self.program, &asker, target, style, RATE).await
+        Load::start(self.sandbox, &self.program, &asker, target, style, rate).await
     }
 
     async fn scale(&self, side: &Side, replicas: u32) -> anyhow::Result<()> {
@@ -474,7 +496,10 @@ fn say(begun: Instant, text: &str) {
 fn shares(tally: &Tally) -> String {
     let answered: u64 = tally.by_cluster.values().sum();
     let share = |(cluster, count): (&String, &u64)| {
-        format!("{cluster} {} %", (count * 100 + answered / 2) / answered.max(1))
+        format!(
+            "{cluster} {:.1} %",
+            *count as f64 * 100.0 / answered.max(1) as f64
+        )
     };
     tally.by_cluster.iter().map(share).collect::<Vec<_>>().join(", ")
 }
