@@ -3,11 +3,13 @@
 //! In: the own cluster's clustermesh-apiserver (all clusters' state), the CNI plugin's calls, the kernel. Out: BPF maps and
 //! programs, a VXLAN device, routes; a local gRPC API; health and metrics over HTTP.
 //!
+//! ```text
 //!     kvstore::follow --updates-->  rounds (owns state)  --batches-->  datapath (BPF maps)
 //!                                     ^      |   |  \----watch----->  prober   (UDP through the tunnels)
 //!     CNI plugin --gRPC--> keeper ----+      |   +------ watch ---->  network  (device, routes)
 //!                            |  \------------|----- endpoints ------>    "
 //!     CLI ---gRPC---> api::local --questions-+
+//! ```
 //!
 //! One task each; every queue is bounded. Pure: [`state`], [`sources`], [`decode`], [`endpoints`], [`ipam`], [`node`],
 //! [`probe`], [`status`]; the others are shells.

@@ -1,8 +1,10 @@
 //! The loop around the state: takes in what happens, drains plans, has them applied, and answers questions.
 //!
+//! ```text
 //!     upstream updates, endpoints, probe verdicts  ->  State  ->  Plan  ->  Reconciler  ->  batch  ->  datapath thread
 //!                                                        ^                      ^______ results ______|
 //!     questions of the API, once a second: health, metrics
+//! ```
 //!
 //! One task owns the state, so nothing is locked. It never waits for the kernel: one batch at a time is applied on a
 //! blocking thread, while events go on to be taken in and coalesce in the state; what arrived meanwhile is the next round.
@@ -401,7 +403,11 @@ impl Rounds {
         let changed: Vec<ClusterId> = unhealthy.symmetric_difference(&self.unhealthy).copied().collect();
         for id in changed {
             let healthy = !unhealthy.contains(&id);
-            tracing::warn!(cluster_id = %id, healthy, "reachability of a remote cluster's nodes changed");
+            if healthy {
+                tracing::info!(cluster_id = %id, "nodes of a remote cluster answer probes again");
+            } else {
+                tracing::warn!(cluster_id = %id, "no node of a remote cluster answers probes; its backends are a last resort now");
+            }
             self.on(Event::ClusterHealth(id, healthy));
         }
         self.unhealthy = unhealthy;

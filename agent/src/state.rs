@@ -6,8 +6,10 @@
 //! The decisions are made in smaller cores: what to follow in [`sources`](crate::sources), what bytes mean in
 //! [`decode`](crate::decode), what to program in `isthmus-mesh`. Here they are put together:
 //!
+//! ```text
 //!     bytes -> decode -> Object -> LoadBalancer, Ipcache, Routes, endpoints -> Plan
 //!                                  (and Sources says which of them are known in full)
+//! ```
 //!
 //! Invariants: whatever the order in which sources arrive, the same content ends in the same maps; nothing that was found
 //! in the maps goes away before all that could have named it is listed; a refused object changes nothing.
