@@ -8,6 +8,8 @@ mod lab;
 #[path = "node/publish.rs"]
 mod publish;
 
+use isthmus_bpf_abi::IpcacheKey;
+use isthmus_datapath::Tables;
 use isthmus_proto::agent as proto;
 use lab::{Lab, eventually};
 
@@ -59,6 +61,35 @@ fn an_agent_serves_restarts_and_goes_without_a_trace() {
     assert_eq!(lab.run("ip", &["-br", "link", "show", "type", "vxlan"]), "");
     assert!(!lab.bpf_root().join("isthmus").exists());
     assert_eq!(lab.connect(FRONTEND), None);
+}
+
+#[test]
+fn a_probe_through_the_tunnel_names_node_cluster_and_cause() {
+    let one = Lab::new();
+    let two = Lab::second(&one);
+    publish::cluster(&one, "c1");
+    publish::node(&one, "c1", 2);
+    let _agents = (one.start_agent(), two.start_agent());
+    one.wait_ready();
+    two.wait_ready();
+    for lab in [&one, &two] {
+        eventually("the other node answers through the tunnel", || {
+            let probe = lab.subsystem("probe").unwrap();
+            probe.health() == proto::Health::Ok && probe.message.starts_with("1/1")
+        });
+    }
+    // Somebody breaks the map behind the agent's back.
+    let tables = Tables::open_or_create(&one.bpf_root()).unwrap();
+    let router = IpcacheKey::ipv4([10, 1, 2, 1], 32);
+    let mut entry = tables.ipcache.lookup(&router).unwrap().unwrap();
+    entry.tunnel_endpoint = isthmus_bpf_abi::ipv4_mapped([172, 18, 0, 99]);
+    tables.ipcache.put(&router, &entry).unwrap();
+    eventually("status names node, cluster and cause", || {
+        let probe = one.subsystem("probe").unwrap();
+        ["node n2 of cluster c1", "to 172.18.0.99", "says 172.18.0.2"]
+            .iter()
+            .all(|words| probe.message.contains(words))
+    });
 }
 
 fn status_tells_the_truth(lab: &Lab) {

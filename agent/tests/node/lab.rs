@@ -6,6 +6,7 @@ use std::{
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
@@ -43,6 +44,7 @@ impl Drop for Process {
 }
 
 pub struct Lab {
+    number: u8,
     name: String,
     dir: tempfile::TempDir,
     cgroup: PathBuf,
@@ -51,10 +53,33 @@ pub struct Lab {
 }
 
 impl Lab {
+    /// The first node, with etcd.
     pub fn new() -> Self {
-        let name = format!("isthmus-agent-{}", std::process::id());
-        let cgroups = fs::read_to_string("/proc/self/mounts").unwrap();
-        let cgroups = cgroups
+        let mut lab = Self::bare(1);
+        lab.run(
+            "ip",
+            &["link", "add", "eth0", "type", "veth", "peer", "name", "far0"],
+        );
+        lab.set_up_underlay();
+        lab.run("ip", &["link", "set", "far0", "up"]);
+        lab.start_etcd();
+        lab
+    }
+
+    /// A second node at the other end of the first one's cable.
+    pub fn second(first: &Self) -> Self {
+        let lab = Self::bare(2);
+        first.run("ip", &["link", "set", "far0", "netns", &lab.name, "name", "eth0"]);
+        lab.set_up_underlay();
+        lab
+    }
+
+    fn bare(number: u8) -> Self {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let made = MADE.fetch_add(1, Ordering::Relaxed);
+        let name = format!("isthmus-agent-{}-{made}", std::process::id());
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let cgroups = mounts
             .lines()
             .find_map(|line| {
                 let mut fields = line.split(' ');
@@ -62,7 +87,8 @@ impl Lab {
                 (kind == "cgroup2").then(|| PathBuf::from(point))
             })
             .expect("cgroup v2 is mounted");
-        let mut lab = Self {
+        let lab = Self {
+            number,
             cgroup: cgroups.join(&name),
             name,
             dir: tempfile::tempdir().unwrap(),
@@ -77,17 +103,14 @@ impl Lab {
                 .arg(lab.bpf_root()),
         );
         check(Command::new("ip").args(["netns", "add", &lab.name]));
-        for arguments in [
-            "link set lo up",
-            "link add eth0 type veth peer name far0",
-            "address add 172.18.0.1/24 dev eth0",
-            "link set eth0 up",
-            "link set far0 up",
-        ] {
-            lab.run("ip", &arguments.split(' ').collect::<Vec<_>>());
-        }
-        lab.start_etcd();
         lab
+    }
+
+    fn set_up_underlay(&self) {
+        let address = format!("172.18.0.{}/24", self.number);
+        self.run("ip", &["link", "set", "lo", "up"]);
+        self.run("ip", &["address", "add", &address, "dev", "eth0"]);
+        self.run("ip", &["link", "set", "eth0", "up"]);
     }
 
     pub fn bpf_root(&self) -> PathBuf {
@@ -118,7 +141,7 @@ impl Lab {
     fn start_etcd(&mut self) {
         let mut etcd = self.command("etcd");
         etcd.arg("--data-dir").arg(self.dir.path().join("etcd")).args([
-            "--listen-client-urls=http://127.0.0.1:2379",
+            "--listen-client-urls=http://0.0.0.0:2379",
             "--advertise-client-urls=http://127.0.0.1:2379",
             "--listen-peer-urls=http://127.0.0.1:2380",
         ]);
@@ -132,6 +155,10 @@ impl Lab {
     }
 
     fn etcdctl(&self, arguments: &[&str], value: &[u8]) -> Option<()> {
+        #[expect(
+            clippy::zombie_processes,
+            reason = "it is waited for unless its input breaks, and then the test ends"
+        )]
         let mut child = self
             .command("etcdctl")
             .env("ETCDCTL_API", "3")
@@ -159,15 +186,11 @@ impl Lab {
     /// The agent with good flags and some more.
     pub fn agent_command(&self, more: &[&str]) -> Command {
         let config = self.dir.path().join("etcd.yaml");
-        fs::write(&config, "endpoints: ['http://127.0.0.1:2379']\n").unwrap();
+        fs::write(&config, "endpoints: ['http://172.18.0.1:2379']\n").unwrap();
         let mut command = self.command(env!("CARGO_BIN_EXE_isthmus-agent"));
         command
-            .args([
-                "--cluster-name=c1",
-                "--cluster-id=1",
-                "--node-name=n1",
-                "--log-level=info",
-            ])
+            .args(["--cluster-name=c1", "--cluster-id=1", "--log-level=info"])
+            .arg(format!("--node-name=n{}", self.number))
             .arg("--etcd-config")
             .arg(config)
             .arg("--bpf-root")

@@ -38,17 +38,19 @@ fn put(lab: &Lab, cluster: &str, kind: Kind, suffix: &str, value: &[u8]) {
     lab.put(&format!("{prefix}{suffix}"), value);
 }
 
-/// A cluster with node n1 and the service default/web, and every canary.
-pub fn cluster(lab: &Lab, cluster: &str) {
+/// A node.
+pub fn node(lab: &Lab, cluster: &str, number: u8) {
     let c = id(cluster).get() as u8;
+    // Node 1 of cluster 1 is 172.18.0.1, node 2 is 172.18.0.2, node 1 of cluster 2 is 172.18.0.11.
+    let host = number + 10 * (c - 1);
     let object = Node {
-        name: "n1".into(),
+        name: format!("n{number}"),
         cluster: name(cluster),
         cluster_id: id(cluster),
-        internal_ips: vec![[172, 18, 0, c].into()],
+        internal_ips: vec![[172, 18, 0, host].into()],
         external_ips: vec![],
-        router_ips: vec![[10, c, 1, 1].into()],
-        ipv4_alloc_cidr: Some(format!("10.{c}.1.0/24").parse().unwrap()),
+        router_ips: vec![[10, c, number, 1].into()],
+        ipv4_alloc_cidr: Some(format!("10.{c}.{number}.0/24").parse().unwrap()),
         ipv6_alloc_cidr: None,
         ipv4_health_ip: None,
         ipv6_health_ip: None,
@@ -59,7 +61,13 @@ pub fn cluster(lab: &Lab, cluster: &str) {
         wireguard_public_key: String::new(),
         boot_id: String::new(),
     };
-    put(lab, cluster, Kind::Nodes, "n1", &node::encode(&object));
+    put(lab, cluster, Kind::Nodes, &object.name, &node::encode(&object));
+}
+
+/// A cluster with node n1 and the service default/web, and every canary.
+pub fn cluster(lab: &Lab, cluster: &str) {
+    let c = id(cluster).get() as u8;
+    node(lab, cluster, 1);
     let frame = ServiceFrame {
         cluster: name(cluster),
         cluster_id: id(cluster),
