@@ -14,7 +14,7 @@ use isthmus_runtime::command_line::{FlagError, LogArgs};
 
 /// The node daemon: one upstream, pure merge, BPF maps.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "isthmus-agent", version, args_conflicts_with_subcommands = false)]
+#[command(name = "isthmus-agent", version)]
 pub struct Args {
     #[command(subcommand)]
     command: Option<Subcommand>,

@@ -14,6 +14,9 @@
 //! service's change waits for one batch or so even while a large cluster is being read; queues are bounded, and a full one
 //! holds its sender back.
 
+mod events;
+mod full_pass;
+
 use std::{
     collections::BTreeSet,
     sync::Arc,
@@ -22,8 +25,8 @@ use std::{
 
 use isthmus_bpf_abi::EndpointKey;
 use isthmus_datapath::{ApplyReport, Datapath, MapError, OpError};
-use isthmus_kvstore::{Change, Feed, Feeds, Update};
-use isthmus_mesh::{LbDump, MapOp, Reconciler, op::Object, reconcile::RetryConfig};
+use isthmus_kvstore::{Feed, Feeds, Update};
+use isthmus_mesh::{MapOp, Reconciler, op::Object, reconcile::RetryConfig};
 use isthmus_model::ClusterId;
 use isthmus_runtime::{CancellationToken, Health};
 use tokio::{
@@ -31,13 +34,15 @@ use tokio::{
     task::JoinHandle,
 };
 
+pub use full_pass::dump;
+
 use crate::{
     endpoints::keeper::{EndpointList, Network, chain},
-    metrics::{AgentMetrics, MapLabel, MapOpLabels, OutcomeLabel},
+    metrics::{AgentMetrics, MapOpLabels},
     network::RemoteCidrs,
     node::LocalNode,
     prober::{ProbeTargets, Verdicts},
-    state::{Event, FeedChange, MapDump, Notice},
+    state::{Event, FeedChange, MapDump},
     status::{self, Facts},
 };
 
@@ -263,157 +268,6 @@ impl Rounds {
         }
     }
 
-    fn on_update(&mut self, update: Update) {
-        let now = self.now();
-        let upstream = &mut self.facts.upstream;
-        if !matches!(update, Update::Disconnected { .. }) {
-            upstream.heard_at = Some(now);
-        }
-        match update {
-            Update::Connected { client } => {
-                upstream.connected = true;
-                upstream.changed_at = now;
-                upstream.endpoint = client.endpoint().to_string();
-                tracing::info!(
-                    endpoint = upstream.endpoint,
-                    "connected to the clustermesh-apiserver"
-                );
-            }
-            Update::Disconnected { error } => {
-                upstream.failures += 1;
-                self.outputs.metrics.upstream_failures.inc();
-                if upstream.connected || upstream.failures == 1 {
-                    tracing::warn!(
-                        error,
-                        "no connection to the clustermesh-apiserver; working on what is known"
-                    );
-                }
-                if upstream.connected {
-                    upstream.connected = false;
-                    upstream.changed_at = now;
-                }
-                upstream.error = error;
-            }
-            Update::Failed { feed, error } => {
-                if upstream
-                    .refused_feed
-                    .as_ref()
-                    .is_none_or(|(known, _)| **known != *feed)
-                {
-                    tracing::warn!(feed = &*feed, error, "the clustermesh-apiserver refuses a feed");
-                }
-                upstream.refused_feed = Some((feed.to_string(), error));
-            }
-            Update::Listing { .. } | Update::Listed { .. } => {}
-            Update::Synced { feed, .. } => {
-                if upstream
-                    .refused_feed
-                    .as_ref()
-                    .is_some_and(|(refused, _)| **refused == *feed)
-                {
-                    upstream.refused_feed = None;
-                }
-                self.on(Event::Synced { feed: &feed });
-            }
-            Update::Changes { feed, changes, .. } => {
-                let feed = &*feed;
-                for change in &changes {
-                    match change {
-                        Change::Put { key, value, .. } => self.on(Event::Put { feed, key, value }),
-                        Change::Delete { key, .. } => self.on(Event::Delete { feed, key }),
-                        Change::Refused { key, len, .. } => {
-                            self.on(Event::Oversized { feed, key, len: *len })
-                        }
-                    }
-                }
-                let beats = self.facts.state.heartbeats();
-                if beats != self.counters.heartbeats {
-                    self.counters.heartbeats = beats;
-                    self.facts.upstream.heartbeat_at = Some(now);
-                }
-            }
-        }
-        self.tell();
-    }
-
-    /// Hands on what others wait for, if it changed.
-    fn tell(&mut self) {
-        for notice in self.facts.state.take_notices() {
-            match notice {
-                Notice::Refused {
-                    cluster,
-                    key,
-                    reason,
-                    why,
-                } => {
-                    tracing::warn!(%cluster, key, reason, why, "object refused; what was known of it stays");
-                }
-                Notice::Joined(cluster, id) => tracing::info!(%cluster, %id, "cluster is part of the mesh"),
-                Notice::Left(cluster, id) => {
-                    tracing::info!(%cluster, %id, "cluster left the mesh; it is drained")
-                }
-            }
-        }
-        let Some(cidrs) = self.facts.state.take_routes() else {
-            return;
-        };
-        // Whatever changes a route may also have changed nodes.
-        self.outputs.cidrs.send_if_modified(|before| {
-            let changed = **before != cidrs;
-            if changed {
-                *before = Arc::new(cidrs);
-            }
-            changed
-        });
-        let node = match self.facts.state.local().node() {
-            Some(Ok(node)) => Ok(node.clone()),
-            Some(Err(error)) => Err(error.to_string()),
-            None => Err(format!(
-                "waiting for the operator to publish node {:?} of cluster {}",
-                self.facts.state.identity().node,
-                self.facts.state.identity().cluster
-            )),
-        };
-        self.outputs.node.send_if_modified(|before| {
-            let changed = *before != node;
-            if changed {
-                *before = node;
-            }
-            changed
-        });
-        let targets = self.facts.state.probe_targets();
-        let targets: ProbeTargets = targets
-            .into_iter()
-            .map(|(key, address)| {
-                let tunnel_endpoint = self.facts.state.tunnel_endpoint(&key);
-                (key, (address, tunnel_endpoint))
-            })
-            .collect();
-        self.outputs.targets.send_if_modified(|before| {
-            let changed = *before != targets;
-            if changed {
-                *before = targets;
-            }
-            changed
-        });
-    }
-
-    fn on_verdicts(&mut self, verdicts: Verdicts) {
-        let unhealthy = crate::prober::unhealthy_clusters(&self.facts.state, &verdicts);
-        let changed: Vec<ClusterId> = unhealthy.symmetric_difference(&self.unhealthy).copied().collect();
-        for id in changed {
-            let healthy = !unhealthy.contains(&id);
-            if healthy {
-                tracing::info!(cluster_id = %id, "nodes of a remote cluster answer probes again");
-            } else {
-                tracing::warn!(cluster_id = %id, "no node of a remote cluster answers probes; its backends are a last resort now");
-            }
-            self.on(Event::ClusterHealth(id, healthy));
-        }
-        self.unhealthy = unhealthy;
-        self.facts.probes = Some(verdicts.to_vec());
-    }
-
     // === rounds out ===
 
     /// Starts the next batch, round or full pass, if nothing is being applied.
@@ -545,68 +399,6 @@ impl Rounds {
         }
     }
 
-    // === full pass ===
-
-    fn on_dump(&mut self, dump: Result<MapDump, MapError>) {
-        let now = self.now();
-        let outcome = match dump {
-            Err(error) => {
-                let why = chain(&error);
-                tracing::warn!(error = why, "maps cannot be dumped to be compared");
-                self.facts.compare_error = Some(why);
-                self.reconciler.full_pass_done(now, 0);
-                "failed"
-            }
-            Ok(dump) => {
-                self.facts.compare_error = None;
-                self.repair(now, &dump);
-                "ok"
-            }
-        };
-        self.written.clear();
-        let label = OutcomeLabel { outcome };
-        self.outputs.metrics.compares.get_or_create(&label).inc();
-    }
-
-    /// Entries that rounds wrote since the dump began are left out: of those the dump says nothing.
-    fn repair(&mut self, now: Duration, dump: &MapDump) {
-        if self.batch.is_some() || !self.reconciler.is_idle() || self.facts.state.has_changes() {
-            // Rounds are under way: what would be found could be theirs. The pass is done again soon.
-            self.reconciler.full_pass_done(now, 0);
-            return;
-        }
-        let mut plan = self.facts.state.audit(dump);
-        let keep: Vec<bool> = plan
-            .ops
-            .iter()
-            .map(|op| !self.written.contains(&op.object()))
-            .collect();
-        let mut kept = keep.iter();
-        plan.ops.retain(|_| kept.next().copied().unwrap_or(false));
-        let mut kept = keep.iter();
-        plan.domains.retain(|_| kept.next().copied().unwrap_or(false));
-        self.reconciler.full_pass_done(now, plan.len());
-        if plan.is_empty() {
-            return;
-        }
-        for op in &plan.ops {
-            let map = crate::housekeeping::map_of(op);
-            self.outputs
-                .metrics
-                .compare_fixes
-                .get_or_create(&MapLabel { map })
-                .inc();
-        }
-        tracing::error!(
-            entries = plan.len(),
-            first = ?plan.ops.first(),
-            "map entries were not what they should be and are being fixed: a bug, or somebody else writes them"
-        );
-        self.revision += 1;
-        self.reconciler.begin(now, plan, self.revision);
-        self.round_open = true;
-    }
-
     // === once a second ===
 
     fn every_second(&mut self) {
@@ -635,22 +427,4 @@ async fn finished<T>(job: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task::
             result
         }
     }
-}
-
-/// Everything that the maps hold. Blocks.
-pub fn dump(datapath: &Datapath) -> Result<MapDump, MapError> {
-    let tables = datapath.tables();
-    Ok(MapDump {
-        lb: LbDump {
-            services: tables.services.dump()?,
-            backends: tables
-                .backends
-                .dump()?
-                .into_iter()
-                .map(|(key, value)| (key.id, value))
-                .collect(),
-        },
-        ipcache: tables.ipcache.dump()?,
-        endpoints: tables.endpoints.dump()?,
-    })
 }

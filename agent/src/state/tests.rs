@@ -9,7 +9,7 @@ use isthmus_model::{
     Affinity, IpEntry, ServiceFrame, ServicePort, ServiceType, SessionAffinity, Slice, SliceEndpoint,
     SlicePort,
 };
-use isthmus_wire::{ip, node, slice};
+use isthmus_wire::{ip, keys::Kind, node, slice};
 use proptest::prelude::*;
 
 use super::*;

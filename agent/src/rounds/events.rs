@@ -1,0 +1,165 @@
+//! What the upstream and the prober said, into the state; and what others wait for, out of it.
+
+use std::sync::Arc;
+
+use isthmus_kvstore::{Change, Update};
+use isthmus_model::ClusterId;
+
+use super::Rounds;
+use crate::{
+    prober::{ProbeTargets, Verdicts},
+    state::{Event, Notice},
+};
+
+impl Rounds {
+    pub(super) fn on_update(&mut self, update: Update) {
+        let now = self.now();
+        let upstream = &mut self.facts.upstream;
+        if !matches!(update, Update::Disconnected { .. }) {
+            upstream.heard_at = Some(now);
+        }
+        match update {
+            Update::Connected { client } => {
+                upstream.connected = true;
+                upstream.changed_at = now;
+                upstream.endpoint = client.endpoint().to_string();
+                tracing::info!(
+                    endpoint = upstream.endpoint,
+                    "connected to the clustermesh-apiserver"
+                );
+            }
+            Update::Disconnected { error } => {
+                upstream.failures += 1;
+                self.outputs.metrics.upstream_failures.inc();
+                if upstream.connected || upstream.failures == 1 {
+                    tracing::warn!(
+                        error,
+                        "no connection to the clustermesh-apiserver; working on what is known"
+                    );
+                }
+                if upstream.connected {
+                    upstream.connected = false;
+                    upstream.changed_at = now;
+                }
+                upstream.error = error;
+            }
+            Update::Failed { feed, error } => {
+                if upstream
+                    .refused_feed
+                    .as_ref()
+                    .is_none_or(|(known, _)| **known != *feed)
+                {
+                    tracing::warn!(feed = &*feed, error, "the clustermesh-apiserver refuses a feed");
+                }
+                upstream.refused_feed = Some((feed.to_string(), error));
+            }
+            Update::Listing { .. } | Update::Listed { .. } => {}
+            Update::Synced { feed, .. } => {
+                if upstream
+                    .refused_feed
+                    .as_ref()
+                    .is_some_and(|(refused, _)| **refused == *feed)
+                {
+                    upstream.refused_feed = None;
+                }
+                self.on(Event::Synced { feed: &feed });
+            }
+            Update::Changes { feed, changes, .. } => {
+                let feed = &*feed;
+                for change in &changes {
+                    match change {
+                        Change::Put { key, value, .. } => self.on(Event::Put { feed, key, value }),
+                        Change::Delete { key, .. } => self.on(Event::Delete { feed, key }),
+                        Change::Refused { key, len, .. } => {
+                            self.on(Event::Oversized { feed, key, len: *len })
+                        }
+                    }
+                }
+                let beats = self.facts.state.heartbeats();
+                if beats != self.counters.heartbeats {
+                    self.counters.heartbeats = beats;
+                    self.facts.upstream.heartbeat_at = Some(now);
+                }
+            }
+        }
+        self.tell();
+    }
+
+    /// Hands on what others wait for, if it changed.
+    pub(super) fn tell(&mut self) {
+        for notice in self.facts.state.take_notices() {
+            match notice {
+                Notice::Refused {
+                    cluster,
+                    key,
+                    reason,
+                    why,
+                } => {
+                    tracing::warn!(%cluster, key, reason, why, "object refused; what was known of it stays");
+                }
+                Notice::Joined(cluster, id) => tracing::info!(%cluster, %id, "cluster is part of the mesh"),
+                Notice::Left(cluster, id) => {
+                    tracing::info!(%cluster, %id, "cluster left the mesh; it is drained")
+                }
+            }
+        }
+        let Some(cidrs) = self.facts.state.take_routes() else {
+            return;
+        };
+        // Whatever changes a route may also have changed nodes.
+        self.outputs.cidrs.send_if_modified(|before| {
+            let changed = **before != cidrs;
+            if changed {
+                *before = Arc::new(cidrs);
+            }
+            changed
+        });
+        let node = match self.facts.state.local().node() {
+            Some(Ok(node)) => Ok(node.clone()),
+            Some(Err(error)) => Err(error.to_string()),
+            None => Err(format!(
+                "waiting for the operator to publish node {:?} of cluster {}",
+                self.facts.state.identity().node,
+                self.facts.state.identity().cluster
+            )),
+        };
+        self.outputs.node.send_if_modified(|before| {
+            let changed = *before != node;
+            if changed {
+                *before = node;
+            }
+            changed
+        });
+        let targets = self.facts.state.probe_targets();
+        let targets: ProbeTargets = targets
+            .into_iter()
+            .map(|(key, address)| {
+                let tunnel_endpoint = self.facts.state.tunnel_endpoint(&key);
+                (key, (address, tunnel_endpoint))
+            })
+            .collect();
+        self.outputs.targets.send_if_modified(|before| {
+            let changed = *before != targets;
+            if changed {
+                *before = targets;
+            }
+            changed
+        });
+    }
+
+    pub(super) fn on_verdicts(&mut self, verdicts: Verdicts) {
+        let unhealthy = crate::prober::unhealthy_clusters(&self.facts.state, &verdicts);
+        let changed: Vec<ClusterId> = unhealthy.symmetric_difference(&self.unhealthy).copied().collect();
+        for id in changed {
+            let healthy = !unhealthy.contains(&id);
+            if healthy {
+                tracing::info!(cluster_id = %id, "nodes of a remote cluster answer probes again");
+            } else {
+                tracing::warn!(cluster_id = %id, "no node of a remote cluster answers probes; its backends are a last resort now");
+            }
+            self.on(Event::ClusterHealth(id, healthy));
+        }
+        self.unhealthy = unhealthy;
+        self.facts.probes = Some(verdicts.to_vec());
+    }
+}
