@@ -32,22 +32,28 @@ pub struct Ingest {
     pending: Option<Pending>,
 }
 
-/// A list that is not at its end. What was reported by one that broke off stays: it is not reported again.
+/// A list that is not in the store yet. What was reported by one that broke off stays: it is not reported again.
 #[derive(Debug, Default)]
 struct Pending {
-    /// The present list names every key of the source.
+    /// `present` names every key of the source.
     full: bool,
     changes: BTreeMap<Bytes, SourceChange>,
-    /// Keys that the present list names.
+    /// Keys that the source has, as far as the list told.
     present: BTreeSet<Bytes>,
+    new_history: bool,
+    /// Cluster ID and revision of a list that is at its end.
+    ended: Option<(u64, i64)>,
 }
 
 impl Ingest {
     /// A list begins. An untrusted one names every key.
     pub fn on_listing(&mut self, trusted: bool) {
         let pending = self.pending.get_or_insert_default();
-        pending.full = !trusted;
-        pending.present.clear();
+        pending.ended = None;
+        if !trusted {
+            pending.full = true;
+            pending.present.clear();
+        }
     }
 
     /// Takes in changes, of the list or of the watch.
@@ -60,10 +66,12 @@ impl Ingest {
             store.apply(sub, revision, changes.collect());
             return;
         };
+        if let Some((_, at)) = &mut pending.ended {
+            *at = revision.max(*at);
+        }
         for ingested in changes {
             let key = ingested.key().clone();
-            let deleted = matches!(ingested, Ingested::Change(SourceChange::Delete { .. }));
-            if deleted {
+            if matches!(ingested, Ingested::Change(SourceChange::Delete { .. })) {
                 pending.present.remove(&key);
             } else {
                 pending.present.insert(key.clone());
@@ -74,7 +82,8 @@ impl Ingest {
         }
     }
 
-    /// The list is at its end.
+    /// The list is at its end. One of the known history goes into the store, as does the very first. One of a new history
+    /// waits for [`release`](Self::release): a source that lost its data must not take down what it published before.
     pub fn on_listed(
         &mut self,
         store: &mut Store,
@@ -83,16 +92,155 @@ impl Ingest {
         revision: i64,
         new_history: bool,
     ) {
-        let pending = self.pending.take().unwrap_or_default();
+        let pending = self.pending.get_or_insert_default();
+        pending.ended = Some((cluster_id, revision));
+        pending.new_history |= new_history;
+        let first = !store.status(sub).is_some_and(|sub| sub.listed);
+        if !pending.new_history || first {
+            self.release(store, sub);
+        }
+    }
+
+    /// If a list of a new history waits: the keys that the source has.
+    pub fn waiting(&self) -> Option<&BTreeSet<Bytes>> {
+        let pending = self.pending.as_ref()?;
+        pending.ended.is_some().then_some(&pending.present)
+    }
+
+    /// Lets a list that is at its end into the store: its source has published everything again.
+    pub fn release(&mut self, store: &mut Store, sub: &SubId) {
+        let Some(pending) = self.pending.take_if(|pending| pending.ended.is_some()) else {
+            return;
+        };
+        let Some((cluster_id, revision)) = pending.ended else {
+            return;
+        };
         store.relist(
             sub,
             Relist {
                 cluster_id,
                 revision,
-                new_history,
+                new_history: pending.new_history,
                 changes: pending.changes.into_values().collect(),
                 present: pending.full.then_some(pending.present),
             },
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use isthmus_model::ClusterName;
+
+    use super::*;
+    use crate::store::HistoryLimits;
+
+    fn put(key: &'static str, revision: i64) -> Ingested {
+        Ingested::Change(SourceChange::Put {
+            key: Bytes::from_static(key.as_bytes()),
+            value: Bytes::from_static(b"x"),
+            create_revision: revision,
+            mod_revision: revision,
+            version: 1,
+        })
+    }
+
+    fn delete(key: &'static str, mod_revision: i64) -> Ingested {
+        let key = Bytes::from_static(key.as_bytes());
+        Ingested::Change(SourceChange::Delete { key, mod_revision })
+    }
+
+    struct World {
+        store: Store,
+        ingest: Ingest,
+    }
+
+    impl World {
+        fn list(&mut self, cluster_id: u64, revision: i64, new_history: bool, changes: Vec<Ingested>) {
+            self.ingest.on_listing(!new_history);
+            self.changes(revision, changes);
+            self.ingest
+                .on_listed(&mut self.store, &SubId::Own, cluster_id, revision, new_history);
+        }
+
+        fn changes(&mut self, revision: i64, changes: Vec<Ingested>) {
+            self.ingest
+                .on_changes(&mut self.store, &SubId::Own, revision, changes);
+        }
+
+        fn state(&self) -> (usize, i64) {
+            let status = self.store.status(&SubId::Own).unwrap();
+            (status.keys, status.revision)
+        }
+    }
+
+    fn world() -> World {
+        let limits = HistoryLimits::default();
+        World {
+            store: Store::new(ClusterName::new("c1").unwrap(), 5, limits, limits),
+            ingest: Ingest::default(),
+        }
+    }
+
+    #[test]
+    fn lists_go_in_whole_and_changes_at_once() {
+        let mut world = world();
+        world.ingest.on_listing(false);
+        world.changes(10, vec![put("cilium/state/a", 1), put("cilium/state/b", 2)]);
+        assert_eq!(world.state(), (0, 1), "half a list is not read");
+        world.ingest.on_listed(&mut world.store, &SubId::Own, 7, 10, true);
+        assert_eq!(world.state(), (2, 10), "the first list does not wait");
+        world.changes(12, vec![delete("cilium/state/a", 11), put("cilium/state/c", 12)]);
+        assert_eq!(world.state(), (2, 12));
+        world.list(7, 20, false, vec![delete("cilium/state/b", 20)]);
+        assert_eq!(world.state(), (1, 20));
+    }
+
+    #[test]
+    fn a_new_history_waits_until_it_is_released_and_takes_changes_meanwhile() {
+        let mut world = world();
+        world.list(
+            7,
+            10,
+            true,
+            vec![put("cilium/state/a", 1), put("cilium/state/b", 2)],
+        );
+        world.list(7, 1, true, vec![]);
+        assert_eq!(world.state(), (2, 10), "an emptied source takes nothing down");
+        assert!(world.ingest.waiting().is_some_and(BTreeSet::is_empty));
+        world.changes(2, vec![put("cilium/state/b", 2)]);
+        // A compaction meanwhile: the difference only, since the history is now known.
+        world.list(7, 5, false, vec![put("cilium/state/d", 4)]);
+        world.changes(6, vec![put("cilium/state/c", 6), delete("cilium/state/d", 6)]);
+        assert_eq!(world.state(), (2, 10));
+        let waiting: Vec<&[u8]> = world
+            .ingest
+            .waiting()
+            .unwrap()
+            .iter()
+            .map(|key| &key[..])
+            .collect();
+        assert_eq!(waiting, [b"cilium/state/b", b"cilium/state/c"]);
+        world.ingest.release(&mut world.store, &SubId::Own);
+        assert_eq!(world.state(), (2, 6), "b stays, a goes, c comes");
+        assert!(world.ingest.waiting().is_none());
+        world.changes(8, vec![delete("cilium/state/b", 7), put("cilium/state/e", 8)]);
+        assert_eq!(world.state(), (2, 8));
+    }
+
+    #[test]
+    fn a_list_that_breaks_off_loses_nothing() {
+        let mut world = world();
+        world.list(7, 10, true, vec![put("cilium/state/a", 1)]);
+        world.ingest.on_listing(true);
+        world.changes(20, vec![put("cilium/state/b", 15)]);
+        // Compacted between pages: the next one does not name b again.
+        world.list(7, 30, false, vec![put("cilium/state/c", 25)]);
+        assert_eq!(world.state(), (3, 30));
+        // A refused object of a full list keeps its previous value.
+        let kept = Ingested::Kept(Bytes::from_static(b"cilium/state/a"));
+        world.list(8, 40, true, vec![kept, put("cilium/state/b", 39)]);
+        world.ingest.release(&mut world.store, &SubId::Own);
+        assert_eq!(world.state(), (2, 40));
     }
 }

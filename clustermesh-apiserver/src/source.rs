@@ -25,21 +25,23 @@ pub async fn run(mut follow: Follow, shared: Shared, health: Health) {
     health.set(PART, State::Starting("waiting for the first list".to_owned()));
     let mut ingest = Ingest::default();
     let mut listed = false;
+    let mut trouble = String::new();
     while let Some(update) = follow.updates.recv().await {
         match update {
             Update::Connected { client } => {
-                tracing::info!(endpoint = %client.endpoint(), "connected to the own etcd")
+                tracing::info!(endpoint = %client.endpoint(), "connected to the own etcd");
             }
             Update::Disconnected { error } | Update::Failed { error, .. } => {
-                tracing::warn!(error, "the own etcd does not answer");
-                health.set(
-                    PART,
-                    if listed {
-                        State::Degraded(format!("serving the last known state: {error}"))
-                    } else {
-                        State::Starting(error)
-                    },
-                );
+                if trouble != error {
+                    tracing::warn!(error, "the own etcd does not answer");
+                }
+                let state = if listed {
+                    State::Degraded(format!("serving the last known state: {error}"))
+                } else {
+                    State::Starting(error.clone())
+                };
+                trouble = error;
+                health.set(PART, state);
             }
             Update::Listing { trusted, .. } => ingest.on_listing(trusted),
             Update::Changes {
@@ -57,15 +59,49 @@ pub async fn run(mut follow: Follow, shared: Shared, health: Health) {
                 new_history,
                 ..
             } => {
-                shared.update(|store| ingest.on_listed(store, &SubId::Own, cluster_id, revision, new_history))
+                shared
+                    .update(|store| ingest.on_listed(store, &SubId::Own, cluster_id, revision, new_history));
             }
             Update::Synced { revision, .. } => {
                 listed = true;
-                tracing::info!(revision, "the own etcd's state is complete");
+                trouble.clear();
+                tracing::info!(revision, "following the own etcd");
                 health.set(PART, State::Ok("following".to_owned()));
             }
         }
+        if ingest.waiting().is_some() {
+            let complete = shared.update(|store| {
+                let complete = is_complete(store, &ingest);
+                if complete {
+                    ingest.release(store, &SubId::Own);
+                }
+                complete
+            });
+            if complete {
+                tracing::info!("the own etcd holds its canaries again");
+                trouble.clear();
+                health.set(PART, State::Ok("following".to_owned()));
+            } else {
+                if trouble != LOST {
+                    tracing::warn!("{LOST}");
+                    LOST.clone_into(&mut trouble);
+                }
+                health.set(PART, State::Degraded(LOST.to_owned()));
+            }
+        }
     }
+}
+
+/// Why a new history is not served yet.
+const LOST: &str =
+    "the own etcd lost its data; serving the last known state until its canaries are written again";
+
+/// Whether every canary that the old history had is in the new one: its writer writes them last.
+fn is_complete(store: &Store, ingest: &Ingest) -> bool {
+    let canaries = store.own_canaries();
+    ingest
+        .waiting()
+        .is_some_and(|present| canaries.iter().all(|canary| present.contains(canary)))
 }
 
 /// The change, if it is of a key that the own etcd has a say in.

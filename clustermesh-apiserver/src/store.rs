@@ -141,6 +141,17 @@ impl Store {
         route::sub_of(key, &self.own) == Some(SubId::Own)
     }
 
+    /// Canaries of the own cluster.
+    pub fn own_canaries(&self) -> Vec<Bytes> {
+        let prefix = format!("{}{}/", isthmus_wire::keys::SYNCED, self.own);
+        let content = self.subs.get(&SubId::Own).map(|sub| &sub.content);
+        let keys = content.into_iter().flat_map(|content| content.keys());
+        keys.skip_while(|key| key[..] < *prefix.as_bytes())
+            .take_while(|key| key.starts_with(prefix.as_bytes()))
+            .cloned()
+            .collect()
+    }
+
     /// The header that an answer of this view carries.
     pub fn header(&self, route: &Route) -> ResponseHeader {
         let (cluster_id, revision) = match route {

@@ -69,7 +69,10 @@ pub struct Remote {
     max: MaxConnectedClusters,
     config: Option<Bytes>,
     admitted: Option<Admitted>,
+    /// Those that the remote has now.
     canaries: BTreeSet<String>,
+    /// Feeds that are in step with the remote on this connection.
+    live: BTreeSet<Arc<str>>,
     /// By the name of the feed.
     kinds: BTreeMap<Arc<str>, (Kind, Mirrored)>,
     heartbeat: Option<Bytes>,
@@ -98,6 +101,7 @@ impl Remote {
             config: None,
             admitted: None,
             canaries: BTreeSet::new(),
+            live: BTreeSet::new(),
             kinds: BTreeMap::new(),
             heartbeat: None,
             logged: BTreeSet::new(),
@@ -149,6 +153,7 @@ impl Remote {
             }
             Update::Disconnected { error } => {
                 self.status.connected = false;
+                self.live.clear();
                 self.on_failure(error, now_ms);
             }
             Update::Failed { feed, error } => self.on_failure(format!("{feed}: {error}"), now_ms),
@@ -190,9 +195,10 @@ impl Remote {
             }
             Update::Synced { feed, .. } => {
                 self.connection_error.clear();
-                self.on_synced(store, &feed);
+                self.live.insert(feed);
             }
         }
+        self.settle(store);
         self.refresh(store);
         let urgent = |status: &RemoteStatus| {
             (
@@ -341,11 +347,17 @@ impl Remote {
     fn on_canaries(&mut self, reported: Vec<Change>) {
         let prefix = self.synced_prefix();
         for change in reported {
-            // That a canary is deleted says nothing.
-            if let Change::Put { key, .. } = change
-                && let Ok(base) = keys::suffix(&key, &prefix)
-                && self.canaries.len() < CANARIES_MAX
-            {
+            let (key, there) = match &change {
+                Change::Put { key, .. } | Change::Refused { key, .. } => (key, true),
+                Change::Delete { key, .. } => (key, false),
+            };
+            let Ok(base) = keys::suffix(key, &prefix) else {
+                continue;
+            };
+            if !there {
+                // What was complete stays so; only a new history has to show it again.
+                self.canaries.remove(base);
+            } else if self.canaries.len() < CANARIES_MAX {
                 self.canaries.insert(base.to_owned());
             }
         }
@@ -466,15 +478,29 @@ impl Remote {
         }
     }
 
-    fn on_synced(&mut self, store: &mut Store, feed: &Arc<str>) {
-        let Some((kind, mirrored)) = self.kinds.get_mut(feed) else {
+    /// Lets lists into the store that may go there, and says so to local agents. A remote that lost its data and begins anew
+    /// must have its config, and if it has canaries, that of the kind: until then the old state stays.
+    fn settle(&mut self, store: &mut Store) {
+        let config_feed = keys::cluster_config(&self.cluster);
+        let published = self.config.is_some() && self.live.contains(config_feed.as_str());
+        let canaries_live = self.live.contains(self.synced_prefix().as_str());
+        let Some(admitted) = &self.admitted else {
             return;
         };
-        if !std::mem::replace(&mut mirrored.synced, true)
-            && let Some(canary) = keys::canary(&self.cluster, *kind, Scope::Cache)
-        {
-            // Readers look at the key only.
-            store.put_local(canary.into(), Bytes::from_static(b"true"));
+        for (name, (kind, mirrored)) in &mut self.kinds {
+            let base = kind.base_prefix(admitted.scope).unwrap_or_default();
+            let complete = !admitted.canaries || (canaries_live && self.canaries.contains(base));
+            if published && complete {
+                mirrored.ingest.release(store, &mirrored.sub);
+            }
+            if self.live.contains(name)
+                && mirrored.ingest.waiting().is_none()
+                && !std::mem::replace(&mut mirrored.synced, true)
+                && let Some(canary) = keys::canary(&self.cluster, *kind, Scope::Cache)
+            {
+                // Readers look at the key only.
+                store.put_local(canary.into(), Bytes::from_static(b"true"));
+            }
         }
     }
 

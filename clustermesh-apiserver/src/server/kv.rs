@@ -46,7 +46,13 @@ impl kv_server::Kv for Kv {
             return Err(errors::invalid_sort());
         }
         let range = KeyRange::from_etcd(&request.key, &request.range_end);
-        if !peer.may_read(&range) {
+        // A range that ends before it begins is answered with nothing, as etcd does.
+        let asked = if range.is_empty() {
+            KeyRange::from_etcd(&request.key, &[])
+        } else {
+            range.clone()
+        };
+        if !peer.may_read(&asked) {
             return Err(errors::permission_denied());
         }
         self.0.metrics.ranges.inc();

@@ -121,8 +121,7 @@ impl WatchStream {
             return Err(errors::no_leader());
         };
         let asked_id = create.watch_id;
-        let empty = !matches!(&create.range_end[..], [] | [0]) && create.range_end <= create.key;
-        let refusal = if empty {
+        let refusal = if range.is_empty() {
             "mvcc: watcher range is empty".to_owned()
         } else if !self.peer.may_read(&range) {
             self.context.metrics.denied.inc();

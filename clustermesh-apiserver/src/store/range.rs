@@ -163,16 +163,19 @@ impl Selection<'_> {
             && (request.max_create_revision == 0 || create <= request.max_create_revision)
     }
 
+    /// Equal ones stay in key order, also when descending.
     fn sort(&self, page: &mut [&Arc<Entry>]) {
-        match self.request.sort_target() {
-            SortTarget::Key => page.sort_by(|a, b| a.key.cmp(&b.key)),
-            SortTarget::Version => page.sort_by_key(|entry| entry.revisions.version),
-            SortTarget::Create => page.sort_by_key(|entry| entry.create(self.merged)),
-            SortTarget::Mod => page.sort_by_key(|entry| entry.modified(self.merged)),
-            SortTarget::Value => page.sort_by(|a, b| a.value.cmp(&b.value)),
-        }
-        if self.request.sort_order() == SortOrder::Descend {
-            page.reverse();
-        }
+        let target = self.request.sort_target();
+        let descending = self.request.sort_order() == SortOrder::Descend;
+        page.sort_by(|a, b| {
+            let ordering = match target {
+                SortTarget::Key => a.key.cmp(&b.key),
+                SortTarget::Version => a.revisions.version.cmp(&b.revisions.version),
+                SortTarget::Create => a.create(self.merged).cmp(&b.create(self.merged)),
+                SortTarget::Mod => a.modified(self.merged).cmp(&b.modified(self.merged)),
+                SortTarget::Value => a.value.cmp(&b.value),
+            };
+            if descending { ordering.reverse() } else { ordering }
+        });
     }
 }

@@ -231,7 +231,7 @@ struct Page {
 enum State {
     Idle,
     Checking {
-        mod_revision: i64,
+        mod_revision: Option<i64>,
     },
     Listing {
         /// Of the first page; `None` until it came.
@@ -320,7 +320,7 @@ impl Follower {
                 let same = self
                     .position
                     .is_some_and(|position| position.cluster_id == header.cluster_id)
-                    && found == Some(mod_revision)
+                    && found == mod_revision
                     && usize::try_from(count) == Ok(self.known.len());
                 if same {
                     self.resume()
@@ -356,22 +356,20 @@ impl Follower {
     }
 
     fn on_connected(&mut self) -> Vec<Effect> {
-        // The newest key is the one that another history most likely does not have.
+        let Some(position) = self.position else {
+            return self.start_list(false);
+        };
+        // The newest key is the one that another history most likely does not have. Of an empty view it is enough to know
+        // that the range was empty at that revision: what came after it will be told.
         let newest = self.known.iter().max_by_key(|(_, known)| known.mod_revision);
-        match (self.position, newest) {
-            (Some(position), Some((key, known))) => {
-                let key = Bytes::copy_from_slice(key);
-                self.state = State::Checking {
-                    mod_revision: known.mod_revision,
-                };
-                vec![Effect::Check {
-                    key,
-                    revision: position.revision,
-                }]
-            }
-            // An empty view costs nothing to list.
-            _ => self.start_list(false),
-        }
+        let key = newest.map_or(self.feed.key.clone(), |(key, _)| Bytes::copy_from_slice(key));
+        self.state = State::Checking {
+            mod_revision: newest.map(|(_, known)| known.mod_revision),
+        };
+        vec![Effect::Check {
+            key,
+            revision: position.revision,
+        }]
     }
 
     fn resume(&mut self) -> Vec<Effect> {

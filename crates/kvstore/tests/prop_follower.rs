@@ -185,6 +185,8 @@ impl World {
                         .1;
                     assert_eq!(self.view, values(content), "view at {header:?}");
                     self.synced_view = self.view.clone();
+                    // It may resume in another history if the view, an empty one, equals that one's content.
+                    self.synced_history = Some(self.store.history);
                 }
             }
         }

@@ -71,7 +71,8 @@ impl KeyRange {
             && begins_before_end_of(other, self)
     }
 
-    fn is_empty(&self) -> bool {
+    /// Whether no key lies in the range.
+    pub fn is_empty(&self) -> bool {
         self.end.as_ref().is_some_and(|end| *end <= self.start)
     }
 

@@ -335,7 +335,8 @@ impl<'a> Session<'a> {
             Err(error) => error,
         };
         match (error, asked.call) {
-            (CallError::Compacted | CallError::Future, Call::Check { .. }) => {
+            (error @ (CallError::Compacted | CallError::Future), Call::Check { revision, .. }) => {
+                tracing::debug!(feed = %asked.feed, revision, %error, "cannot resume; listing again");
                 self.input(&asked.feed, Input::CheckFailed).await
             }
             (CallError::Compacted | CallError::Future, Call::List { .. } | Call::Key { .. }) => {

@@ -1,0 +1,439 @@
+//! What the tests are made of: etcds, certificates, servers, clients, and waiting for a condition.
+
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    net::{SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
+use isthmus_clustermesh_apiserver::{Config, bind, server::ServerLimits, store::HistoryLimits};
+use isthmus_kvstore::{Change, EtcdConfig, Feed, Options, Update, Writer, WriterOptions, follow};
+use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
+use isthmus_runtime::{CancellationToken, Health};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use rcgen::{CertificateParams, DnType, Issuer, KeyPair};
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+
+/// No condition of these tests takes longer, also on a loaded machine.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Waits until `condition` gives a value.
+pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut condition: impl FnMut() -> F) -> T {
+    let wait = async {
+        loop {
+            if let Some(value) = condition().await {
+                return value;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, wait)
+        .await
+        .unwrap_or_else(|_| panic!("within {DEADLINE:?} it did not come to this: {what}"))
+}
+
+/// A port that was free a moment ago.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
+}
+
+/// Connections that notice a silent peer soon.
+pub fn quick() -> Options {
+    Options {
+        connect_timeout: Duration::from_secs(2),
+        call_timeout: Duration::from_secs(5),
+        keep_alive_interval: Duration::from_millis(200),
+        keep_alive_timeout: Duration::from_millis(500),
+        retry_cap: Duration::from_millis(300),
+        ..Options::default()
+    }
+}
+
+/// An etcd of one member. Ends with the value.
+pub struct Etcd {
+    child: Option<Child>,
+    pub port: u16,
+    peer_port: u16,
+    data: TempDir,
+}
+
+impl Etcd {
+    pub async fn start() -> Self {
+        let mut etcd = Self {
+            child: None,
+            port: free_port(),
+            peer_port: free_port(),
+            data: tempfile::tempdir().unwrap(),
+        };
+        etcd.spawn().await;
+        etcd
+    }
+
+    async fn spawn(&mut self) {
+        let [client, peer] = [self.port, self.peer_port].map(|port| format!("http://127.0.0.1:{port}"));
+        let child = Command::new("etcd")
+            .arg("--data-dir")
+            .arg(self.data.path().join("etcd"))
+            .args([
+                "--listen-client-urls",
+                &client,
+                "--advertise-client-urls",
+                &client,
+            ])
+            .args([
+                "--listen-peer-urls",
+                &peer,
+                "--initial-advertise-peer-urls",
+                &peer,
+            ])
+            .args([
+                "--initial-cluster",
+                &format!("default={peer}"),
+                "--max-request-bytes",
+                "16777216",
+            ])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("these tests need etcd on the PATH; on Debian: apt-get install etcd-server");
+        self.child = Some(child);
+        eventually("etcd answers", || async {
+            let mut client = self.client().await.ok()?;
+            client.get("x", None).await.ok()
+        })
+        .await;
+    }
+
+    pub fn stop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    pub async fn restart(&mut self) {
+        self.stop();
+        self.spawn().await;
+    }
+
+    /// Ends it and starts it with an empty directory: the same address, the same cluster ID, another history.
+    pub async fn restart_empty(&mut self) {
+        self.stop();
+        std::fs::remove_dir_all(self.data.path().join("etcd")).unwrap();
+        self.spawn().await;
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        let pid = self.child.as_ref().unwrap().id();
+        kill(Pid::from_raw(pid as i32), signal).unwrap();
+    }
+
+    pub async fn client(&self) -> Result<Client, etcd_client::Error> {
+        Client::connect([format!("http://127.0.0.1:{}", self.port)], None).await
+    }
+
+    pub fn config(&self) -> EtcdConfig {
+        EtcdConfig::parse(&format!("endpoints: ['http://127.0.0.1:{}']", self.port)).unwrap()
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// A CA and the certificates it has issued, as files.
+pub struct Pki {
+    pub dir: TempDir,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Pki {
+    pub fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec![]).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("ca.crt"), params.self_signed(&key).unwrap().pem()).unwrap();
+        let pki = Self {
+            dir,
+            issuer: Issuer::new(params, key),
+        };
+        pki.issue("server");
+        pki
+    }
+
+    pub fn path(&self, file: &str) -> PathBuf {
+        self.dir.path().join(file)
+    }
+
+    /// Files `<name>.crt` and `<name>.key`.
+    pub fn issue(&self, name: &str) -> (PathBuf, PathBuf) {
+        let (cert, key) = (
+            self.path(&format!("{name}.crt")),
+            self.path(&format!("{name}.key")),
+        );
+        if !cert.exists() {
+            let pair = KeyPair::generate().unwrap();
+            let names = vec![
+                "localhost".to_owned(),
+                "127.0.0.1".to_owned(),
+                "a.mesh.cilium.io".to_owned(),
+            ];
+            let mut params = CertificateParams::new(names).unwrap();
+            params.distinguished_name = rcgen::DistinguishedName::new();
+            params.distinguished_name.push(DnType::CommonName, name);
+            std::fs::write(&cert, params.signed_by(&pair, &self.issuer).unwrap().pem()).unwrap();
+            std::fs::write(&key, pair.serialize_pem()).unwrap();
+        }
+        (cert, key)
+    }
+
+    /// The text of a cluster file.
+    pub fn yaml(&self, address: SocketAddr, name: &str) -> String {
+        let (cert, key) = self.issue(name);
+        format!(
+            "endpoints: ['https://a.mesh.cilium.io:{}']\ntrusted-ca-file: {}\ncert-file: {}\nkey-file: {}\n\
+             cilium-host-aliases: [{{hostname: a.mesh.cilium.io, ips: [127.0.0.1]}}]\n",
+            address.port(),
+            self.path("ca.crt").display(),
+            cert.display(),
+            key.display(),
+        )
+    }
+
+    pub fn config(&self, address: SocketAddr, name: &str) -> EtcdConfig {
+        EtcdConfig::parse(&self.yaml(address, name)).unwrap()
+    }
+
+    /// etcd's own kind of client, by certificate.
+    pub async fn client(&self, address: SocketAddr, name: &str) -> Client {
+        let (cert, key) = self.issue(name);
+        let read = |path: &Path| std::fs::read(path).unwrap();
+        let tls = TlsOptions::new()
+            .ca_certificate(Certificate::from_pem(read(&self.path("ca.crt"))))
+            .identity(Identity::from_pem(read(&cert), read(&key)))
+            .domain_name("localhost");
+        let options = ConnectOptions::new().with_tls(tls).with_timeout(DEADLINE);
+        Client::connect([format!("https://{address}")], Some(options))
+            .await
+            .unwrap()
+    }
+}
+
+/// A running API server.
+pub struct Apiserver {
+    pub address: SocketAddr,
+    pub health: Health,
+    pub metrics: isthmus_runtime::Metrics,
+    config: Config,
+    shutdown: CancellationToken,
+    task: JoinHandle<anyhow::Result<()>>,
+}
+
+pub fn cluster_id(id: u32) -> ClusterId {
+    ClusterId::new(id, MaxConnectedClusters::C255).unwrap()
+}
+
+pub fn config(name: &str, id: u32, etcd: EtcdConfig, pki: &Pki) -> Config {
+    let (tls_cert_file, tls_key_file) = pki.issue("server");
+    Config {
+        cluster: ClusterName::new(name).unwrap(),
+        cluster_id: cluster_id(id),
+        max: MaxConnectedClusters::C255,
+        etcd,
+        clustermesh_config: None,
+        listen: "127.0.0.1:0".parse().unwrap(),
+        tls_cert_file,
+        tls_key_file,
+        tls_client_ca_file: pki.path("ca.crt"),
+        admin_listen: None,
+        connection: quick(),
+        limits: ServerLimits {
+            progress_interval: Duration::from_millis(200),
+            ..ServerLimits::default()
+        },
+        history: HistoryLimits::default(),
+        remote_history: Config::REMOTE_HISTORY,
+    }
+}
+
+impl Apiserver {
+    /// Starts it; it is ready when its etcd was listed.
+    pub async fn start(config: Config) -> Self {
+        let bound = bind(config.clone()).await.unwrap();
+        let (address, health, metrics) = (bound.address().unwrap(), bound.health(), bound.metrics());
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn(bound.run(shutdown.clone()));
+        Self {
+            address,
+            health,
+            metrics,
+            config: Config {
+                listen: address,
+                ..config
+            },
+            shutdown,
+            task,
+        }
+    }
+
+    pub async fn ready(&self) {
+        eventually("the server is ready", || async {
+            self.health.is_ready().then_some(())
+        })
+        .await;
+    }
+
+    pub async fn stop(self) -> Config {
+        self.shutdown.cancel();
+        self.task.await.unwrap().unwrap();
+        self.config
+    }
+}
+
+/// A consumer's view of feeds: what it was told, and how often keys were deleted from it.
+pub struct View {
+    pub content: Arc<Mutex<ViewContent>>,
+    _stop: tokio_util::sync::DropGuard,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct ViewContent {
+    pub keys: BTreeMap<Bytes, Bytes>,
+    pub revisions: BTreeMap<Bytes, (i64, i64)>,
+    pub synced: BTreeMap<Arc<str>, (u64, i64)>,
+    pub connected: bool,
+    pub listings: usize,
+    pub deleted: Vec<Bytes>,
+    pub refused: Vec<Bytes>,
+    pub failed: Vec<String>,
+}
+
+impl View {
+    pub fn open(config: EtcdConfig, feeds: Vec<Feed>) -> Self {
+        let shutdown = CancellationToken::new();
+        let mut follow = follow(config, quick(), feeds, shutdown.clone());
+        let content = Arc::new(Mutex::new(ViewContent::default()));
+        let shared = content.clone();
+        tokio::spawn(async move {
+            while let Some(update) = follow.updates.recv().await {
+                let mut view = shared.lock().unwrap();
+                match update {
+                    Update::Connected { .. } => view.connected = true,
+                    Update::Disconnected { .. } => {
+                        view.connected = false;
+                        view.synced.clear();
+                    }
+                    Update::Listing { .. } => view.listings += 1,
+                    Update::Listed { .. } => {}
+                    Update::Changes { changes, .. } => {
+                        changes.into_iter().for_each(|change| view.change(change))
+                    }
+                    Update::Synced {
+                        feed,
+                        cluster_id,
+                        revision,
+                    } => {
+                        view.synced.insert(feed, (cluster_id, revision));
+                    }
+                    Update::Failed { error, .. } => view.failed.push(error),
+                }
+            }
+        });
+        Self {
+            content,
+            _stop: shutdown.drop_guard(),
+        }
+    }
+
+    pub fn now(&self) -> ViewContent {
+        self.content.lock().unwrap().clone()
+    }
+
+    /// Waits until the view is so.
+    pub async fn until(&self, what: &str, condition: impl Fn(&ViewContent) -> bool) -> ViewContent {
+        let what = format!("{what}; view: {:?}", "see the condition");
+        eventually(&what, || async {
+            let view = self.content.lock().unwrap();
+            condition(&view).then(|| view.clone())
+        })
+        .await
+    }
+}
+
+impl ViewContent {
+    fn change(&mut self, change: Change) {
+        match change {
+            Change::Put {
+                key,
+                value,
+                create_revision,
+                mod_revision,
+                ..
+            } => {
+                self.revisions
+                    .insert(key.clone(), (create_revision, mod_revision));
+                self.keys.insert(key, value);
+            }
+            Change::Delete { key, .. } => {
+                self.keys.remove(&key);
+                self.deleted.push(key);
+            }
+            Change::Refused { key, .. } => self.refused.push(key),
+        }
+    }
+
+    pub fn value(&self, key: &str) -> Option<&Bytes> {
+        self.keys.get(key.as_bytes())
+    }
+}
+
+/// A writer to an etcd, as the operator runs it.
+pub struct Publisher {
+    pub writer: Writer,
+    _stop: tokio_util::sync::DropGuard,
+}
+
+impl Publisher {
+    pub fn start(etcd: &Etcd) -> Self {
+        let shutdown = CancellationToken::new();
+        let mut options = WriterOptions::new(["cilium/", "isthmus/"]);
+        options.connection = quick();
+        options.heartbeat = Some(Duration::from_millis(300));
+        let (writer, _) = Writer::start(etcd.config(), options, shutdown.clone());
+        Self {
+            writer,
+            _stop: shutdown.drop_guard(),
+        }
+    }
+}
+
+/// Everything under `prefix` in an etcd (or what speaks like one), with both revisions.
+pub async fn dump(client: &mut Client, prefix: &str) -> BTreeMap<Bytes, (Bytes, i64, i64)> {
+    let options = etcd_client::GetOptions::new().with_prefix();
+    let answer = client.get(prefix, Some(options)).await.unwrap();
+    let entry = |kv: &etcd_client::KeyValue| {
+        let value = Bytes::copy_from_slice(kv.value());
+        (
+            Bytes::copy_from_slice(kv.key()),
+            (value, kv.create_revision(), kv.mod_revision()),
+        )
+    };
+    answer.kvs().iter().map(entry).collect()
+}

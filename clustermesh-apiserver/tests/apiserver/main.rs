@@ -1,0 +1,8 @@
+//! The API server between a real etcd and real clients. Needs etcd (Debian: etcd-server) on the PATH; each test makes its own
+//! on loopback, and ends it.
+
+mod lab;
+mod mirror;
+mod reads;
+mod rights;
+mod survive;
