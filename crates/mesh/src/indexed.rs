@@ -70,6 +70,9 @@ impl<T: Keyed> Indexed<T> {
 
     /// Numbers in use, ascending.
     pub(crate) fn live(&self) -> Vec<u32> {
+        if self.free.is_empty() {
+            return (0..self.entries.len() as u32).collect();
+        }
         let mut live: Vec<u32> = self.index.iter().copied().collect();
         live.sort_unstable();
         live

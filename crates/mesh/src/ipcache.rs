@@ -1,7 +1,7 @@
 //! Merges what all clusters say about addresses into the desired ipcache, and plans the map writes for what changed.
 //!
 //! In: address entries and nodes of every cluster, the node's own addresses, which sources are listed in full.
-//! Out: [`Plan`]s of independent operations, puts before deletes.
+//! Out: [plans](crate::Plan) of independent operations, puts before deletes.
 //!
 //! Rules, Cilium's (`pkg/ipcache`, `pkg/node/manager`):
 //! - A node's internal and external addresses have identity remote-node, the own node's host, and no tunnel endpoint.
@@ -14,18 +14,20 @@
 //!
 //! What policy and flows need of an entry (names, named ports) is not kept here: a prefix costs about 50 bytes.
 
+mod node;
+mod output;
 mod prefix;
 
 use std::{collections::BTreeSet, net::IpAddr};
 
 use hashbrown::{DefaultHashBuilder, HashMap};
 use isthmus_bpf_abi::{Address, IpcacheKey, IpcacheValue, ipcache_flag};
-use isthmus_model::{ClusterId, IpEntry, MaxConnectedClusters, Node, NumericIdentity};
+use isthmus_model::{ClusterId, IpEntry, MaxConnectedClusters, NumericIdentity};
 
-use self::prefix::Prefix;
+pub use self::output::IpcacheView;
+use self::{node::NodeRecord, prefix::Prefix};
 use crate::{
-    MapOp, Plan,
-    address::{to_address, to_ip},
+    address::to_address,
     indexed::{Indexed, Keyed},
     intern::Interner,
     slab::Slab,
@@ -77,30 +79,6 @@ impl Keyed for Entry {
     fn key(&self) -> Prefix {
         self.prefix
     }
-}
-
-#[derive(Debug)]
-struct NodeRecord {
-    cluster: u16,
-    name: Box<str>,
-    tunnel: Option<Address>,
-    own: bool,
-    prefixes: Vec<(Prefix, Contribution)>,
-}
-
-/// An ipcache entry, for people.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct IpcacheView {
-    /// Prefix.
-    pub prefix: ipnet::IpNet,
-    /// Identity.
-    pub identity: u32,
-    /// Node to tunnel to.
-    pub tunnel_endpoint: Option<IpAddr>,
-    /// Cluster that says so; `None` if it was restored and no source has named it yet.
-    pub cluster_id: Option<u16>,
-    /// Other clusters say something else, and lose.
-    pub conflict: bool,
 }
 
 /// The merge of addresses. See the module.
@@ -197,113 +175,6 @@ impl Ipcache {
         self.take(Prefix::of_net(prefix), |other| {
             other.cluster == of && other.kind == Kind::Entry
         });
-    }
-
-    /// Adds or replaces a node.
-    pub fn upsert_node(&mut self, node: &Node) {
-        let cluster = node.cluster_id.get();
-        let key = (cluster, Box::from(node.name.as_str()));
-        let own = cluster == self.local && *node.name == *self.own_node;
-        let at = match self.node_index.get(&key) {
-            Some(&at) => at,
-            None => {
-                let at = self.nodes.insert(NodeRecord {
-                    cluster,
-                    name: key.1.clone(),
-                    tunnel: None,
-                    own,
-                    prefixes: Vec::new(),
-                });
-                self.node_index.insert(key, at);
-                at
-            }
-        };
-        let tunnel = node.tunnel_endpoint().map(to_address);
-        let prefixes = self.node_prefixes(at, node, own);
-        let record = &mut self.nodes[at];
-        let moved = record.tunnel != tunnel;
-        record.tunnel = tunnel;
-        let before = std::mem::replace(&mut record.prefixes, prefixes.clone());
-        for (prefix, contribution) in &before {
-            if !prefixes
-                .iter()
-                .any(|(other, new)| other == prefix && new.kind == contribution.kind)
-            {
-                self.take(*prefix, |other| same_source(other, contribution));
-            }
-        }
-        for (prefix, contribution) in prefixes {
-            self.put(prefix, contribution);
-            if moved && let Some(at) = self.entries.find(&self.hasher, prefix) {
-                self.mark(at);
-            }
-        }
-        if own {
-            let own = node
-                .internal_ips
-                .iter()
-                .chain(&node.external_ips)
-                .copied()
-                .map(to_address);
-            self.set_own(1, own.collect());
-        }
-    }
-
-    fn node_prefixes(&self, at: u32, node: &Node, own: bool) -> Vec<(Prefix, Contribution)> {
-        let (identity, world) = if own {
-            (NumericIdentity::HOST, None)
-        } else {
-            (NumericIdentity::REMOTE_NODE, Some(NumericIdentity::WORLD))
-        };
-        let contribution = |kind, identity: NumericIdentity| Contribution {
-            peer: at,
-            identity: identity.0,
-            cluster: node.cluster_id.get(),
-            key: node.encryption_key,
-            kind,
-        };
-        let addresses = node.internal_ips.iter().chain(&node.external_ips);
-        let mut list: Vec<_> = addresses
-            .map(|ip| (Prefix::of_ip(*ip), contribution(Kind::Node, identity)))
-            .collect();
-        list.extend(
-            node.router_ips
-                .iter()
-                .map(|ip| (Prefix::of_ip(*ip), contribution(Kind::Tunnel, identity))),
-        );
-        let health = node
-            .ipv4_health_ip
-            .map(IpAddr::V4)
-            .into_iter()
-            .chain(node.ipv6_health_ip.map(IpAddr::V6));
-        list.extend(health.map(|ip| {
-            (
-                Prefix::of_ip(ip),
-                contribution(Kind::Tunnel, NumericIdentity::HEALTH),
-            )
-        }));
-        if let Some(world) = world {
-            list.extend(
-                node.alloc_cidrs()
-                    .map(|cidr| (Prefix::of_net(cidr), contribution(Kind::Cidr, world))),
-            );
-        }
-        // A node may name an address twice; the first kind counts.
-        list.sort_by_key(|(prefix, contribution)| (*prefix, contribution.kind));
-        list.dedup_by_key(|(prefix, _)| *prefix);
-        list
-    }
-
-    /// Removes a node. Unknown ones are ignored.
-    pub fn delete_node(&mut self, cluster: ClusterId, name: &str) {
-        let Some(at) = self.node_index.remove(&(cluster.get(), Box::from(name))) else {
-            return;
-        };
-        let prefixes = std::mem::take(&mut self.nodes[at].prefixes);
-        for (prefix, contribution) in prefixes {
-            self.take(prefix, |other| same_source(other, &contribution));
-        }
-        self.nodes.remove(at);
     }
 
     /// Drains a cluster that left the mesh. Not for lost connections. The local cluster cannot leave; that is ignored.
@@ -510,138 +381,6 @@ impl Ipcache {
             }
             _ => IpcacheValue::direct(of.identity, flags),
         }
-    }
-
-    // === output ===
-
-    /// The operations for everything that changed since the last drain.
-    pub fn drain(&mut self) -> Plan {
-        self.drain_at_most(usize::MAX)
-    }
-
-    /// At most `max` of the operations for what changed; the rest stays for the next call.
-    pub fn drain_at_most(&mut self, max: usize) -> Plan {
-        let mut puts = Vec::new();
-        let mut deletes = Vec::new();
-        let count = self.dirty.len().min(max);
-        for at in self.dirty.drain(..count).collect::<Vec<_>>() {
-            let entry = self.entries[at];
-            if entry.flags & GONE == 0 {
-                puts.push(MapOp::IpcachePut(entry.prefix.to_key(), self.value(&entry.first)));
-                self.entries[at].flags = WRITTEN;
-                continue;
-            }
-            if entry.flags & WRITTEN != 0 {
-                deletes.push(MapOp::IpcacheDelete(entry.prefix.to_key()));
-            }
-            self.entries.remove(&self.hasher, at);
-        }
-        let stale = self.stale.len().min(max - count);
-        deletes.extend(self.stale.drain(..stale).map(MapOp::IpcacheDelete));
-        puts.append(&mut deletes);
-        Plan::independent(puts)
-    }
-
-    /// Whether [`Self::drain`] would return anything.
-    pub fn has_changes(&self) -> bool {
-        !(self.dirty.is_empty() && self.stale.is_empty())
-    }
-
-    /// What the map should hold, as of the last drain; in key order.
-    pub fn desired(&self) -> Vec<(IpcacheKey, IpcacheValue)> {
-        let mut list: Vec<_> = self
-            .restored
-            .iter()
-            .map(|(prefix, value)| (prefix.to_key(), *value))
-            .collect();
-        list.extend(self.entries.live().into_iter().map(|at| {
-            let entry = &self.entries[at];
-            (entry.prefix.to_key(), self.value(&entry.first))
-        }));
-        list.sort_unstable_by_key(|(key, _)| *key);
-        list
-    }
-
-    /// The full pass: what makes the map, as dumped, what it should be. To be called right after a drain whose plan was
-    /// applied; what it finds is a bug or somebody else's doing.
-    pub fn audit(&self, actual: &[(IpcacheKey, IpcacheValue)]) -> Plan {
-        let actual: std::collections::BTreeMap<_, _> = actual.iter().copied().collect();
-        let desired = self.desired();
-        let puts = desired
-            .iter()
-            .filter(|(key, value)| actual.get(key) != Some(value));
-        let mut ops: Vec<MapOp> = puts.map(|(key, value)| MapOp::IpcachePut(*key, *value)).collect();
-        let gone = actual
-            .keys()
-            .filter(|key| desired.binary_search_by_key(key, |(key, _)| key).is_err());
-        ops.extend(gone.map(|key| MapOp::IpcacheDelete(*key)));
-        Plan::independent(ops)
-    }
-
-    /// Entries, in prefix order: walks all, for people.
-    pub fn entries(&self) -> Vec<IpcacheView> {
-        let tunnel = |value: &IpcacheValue| {
-            (value.flags & ipcache_flag::HAS_TUNNEL_ENDPOINT != 0).then(|| to_ip(&value.tunnel_endpoint))
-        };
-        let mut list: Vec<_> = self
-            .restored
-            .iter()
-            .map(|(prefix, value)| IpcacheView {
-                prefix: prefix.to_net(),
-                identity: value.identity,
-                tunnel_endpoint: tunnel(value),
-                cluster_id: None,
-                conflict: false,
-            })
-            .collect();
-        for at in self.entries.live() {
-            let entry = &self.entries[at];
-            if entry.flags & GONE == 0 {
-                list.push(IpcacheView {
-                    prefix: entry.prefix.to_net(),
-                    identity: entry.first.identity,
-                    tunnel_endpoint: tunnel(&self.value(&entry.first)),
-                    cluster_id: Some(entry.first.cluster),
-                    conflict: self.conflicting(entry),
-                });
-            }
-        }
-        list.sort_by_key(|view| view.prefix);
-        list
-    }
-
-    fn conflicting(&self, entry: &Entry) -> bool {
-        let others = self.more.get(&entry.prefix);
-        others.is_some_and(|others| others.iter().any(|other| other.cluster != entry.first.cluster))
-    }
-
-    /// Prefixes that more than one cluster names.
-    pub fn conflicts(&self) -> usize {
-        let of = |prefix: &Prefix| {
-            self.entries
-                .find(&self.hasher, *prefix)
-                .map(|at| &self.entries[at])
-        };
-        self.more
-            .keys()
-            .filter_map(of)
-            .filter(|entry| self.conflicting(entry))
-            .count()
-    }
-
-    /// Prefixes that some source names.
-    pub fn len(&self) -> usize {
-        self.entries.len()
-    }
-
-    /// Whether no source names any.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Prefixes restored that no source has named yet.
-    pub fn restored(&self) -> usize {
-        self.restored.len()
     }
 }
 

@@ -12,6 +12,8 @@
 //! map. So every change stays within one service, and each slot that names a backend belongs to that service.
 //! A `service_id` is a frontend's own, as in Cilium (its reverse NAT index).
 
+mod candidate;
+mod contribute;
 mod drain;
 mod frontend;
 mod group;
@@ -26,18 +28,19 @@ use hashbrown::{DefaultHashBuilder, HashMap};
 use isthmus_bpf_abi::{Address, ServiceKey, maps, service_flag};
 use isthmus_model::{ClusterId, ClusterName, ServiceFrame, ServiceName, Slice};
 
+use self::{
+    candidate::Context,
+    contribute::contribute,
+    frontend::{Frontend, FrontendKey},
+    group::Group,
+    record::{GroupPort, LocalFrame, Part, Pools, Service, SliceRecord},
+};
 pub use self::{
     frontend::FrontendView,
     view::{BackendView, ServiceView, Stats, Unused},
 };
-use self::{
-    frontend::{Frontend, FrontendKey},
-    group::{Change, Context, Group, View},
-    record::{EndpointRecord, GroupPort, LocalFrame, Part, Pools, Service, SliceRecord},
-    select::Class,
-};
 use crate::{
-    IdAllocator,
+    Family, IdAllocator,
     slab::Slab,
     source::{Source, SourceTable, Sync},
 };
@@ -310,6 +313,9 @@ impl LoadBalancer {
         };
         for &number in &service.groups {
             let group = &mut self.groups[number];
+            if !group.filled {
+                continue;
+            }
             contribute(context, &self.pools, service, group, cluster, old, new);
             if group.has_changes() && !group.queued {
                 group.queued = true;
@@ -328,12 +334,12 @@ impl LoadBalancer {
             (usable(before), usable(remote))
         };
         if before != after {
-            self.toggle_part(at, cluster, after, None);
+            self.toggle_part(at, cluster, after);
         }
     }
 
-    /// Adds or removes all that a part contributes, to one group or to all of its service.
-    fn toggle_part(&mut self, at: u32, cluster: u16, on: bool, only: Option<u32>) {
+    /// Adds or removes all that a part contributes to its service's groups.
+    fn toggle_part(&mut self, at: u32, cluster: u16, on: bool) {
         let service = &self.services[at];
         let Some(part) = service.part(cluster) else { return };
         let context = Context {
@@ -341,15 +347,10 @@ impl LoadBalancer {
             quarantined: &self.quarantined,
             hasher: &self.hasher,
         };
-        for &number in service
-            .groups
-            .iter()
-            .filter(|number| only.is_none_or(|only| only == **number))
-        {
+        for &number in &service.groups {
             let group = &mut self.groups[number];
-            if on {
-                let more = part.slices.iter().map(|slice| slice.endpoints.len()).sum();
-                group.candidates.reserve(context.hasher, more);
+            if !group.filled {
+                continue;
             }
             for slice in &part.slices {
                 let (old, new) = if on {
@@ -392,7 +393,7 @@ impl LoadBalancer {
                 .map(|part| part.cluster)
                 .collect();
             for cluster in remotes {
-                self.toggle_part(at, cluster, now_global, None);
+                self.toggle_part(at, cluster, now_global);
             }
         }
         self.claim_frontends(at);
@@ -424,121 +425,51 @@ impl LoadBalancer {
         }
     }
 
-    /// A new group of a service, filled from all eligible parts.
+    /// A new group of a service. The next drain fills it: by then more slices may be there, and all go in at once.
     fn add_group(&mut self, at: u32, port: GroupPort) -> u32 {
         let number = self.groups.insert(Group::new(Some(at), port, at + 1));
-        let service = &mut self.services[at];
-        service.groups.push(number);
-        let eligible: Vec<u16> = service
-            .parts
-            .iter()
-            .filter(|part| service.eligible(part, self.local))
-            .map(|part| part.cluster)
-            .collect();
-        for cluster in eligible {
-            self.toggle_part(at, cluster, true, Some(number));
-        }
+        self.services[at].groups.push(number);
         self.enqueue(number);
         number
     }
-}
 
-/// Walks an old and a new version of a slice side by side and hands each difference to the group.
-fn contribute(
-    context: Context<'_>,
-    pools: &Pools,
-    service: &Service,
-    group: &mut Group,
-    cluster: u16,
-    old: Option<&SliceRecord>,
-    new: Option<&SliceRecord>,
-) {
-    let port_of =
-        |slice: Option<&SliceRecord>| slice.and_then(|slice| group.port.number_in(pools.ports(slice.ports)));
-    let (old_port, new_port) = (port_of(old), port_of(new));
-    let empty: &[EndpointRecord] = &[];
-    let old_list = old
-        .filter(|_| old_port.is_some())
-        .map_or(empty, |slice| &slice.endpoints);
-    let new_list = new
-        .filter(|_| new_port.is_some())
-        .map_or(empty, |slice| &slice.endpoints);
-    let (old_port, new_port) = (old_port.unwrap_or(0), new_port.unwrap_or(0));
-    let family = group.port.family;
-    let view = |endpoint: &EndpointRecord| View {
-        cluster,
-        class: endpoint.class(),
-        zone: endpoint.zone,
-        conflict: false,
-    };
-    let mut apply = |key: (Address, u16), change: Change| {
-        if crate::Family::of(&key.0) == family {
-            let port = group.port;
-            group.apply(context, key, change, || {
-                best_view(context, pools, service, port, key)
-            });
-        }
-    };
-    let (mut left, mut right) = (old_list.iter().peekable(), new_list.iter().peekable());
-    loop {
-        match (left.peek(), right.peek()) {
-            (Some(before), Some(after)) if before.address == after.address => {
-                if old_port != new_port {
-                    apply((before.address, old_port), Change::Removed);
-                    apply((after.address, new_port), Change::Added(view(after)));
-                } else if view(before) != view(after) {
-                    apply((after.address, new_port), Change::Changed(view(after)));
-                }
-                left.next();
-                right.next();
-            }
-            (Some(before), after) if after.is_none_or(|after| before.address < after.address) => {
-                apply((before.address, old_port), Change::Removed);
-                left.next();
-            }
-            (_, Some(after)) => {
-                apply((after.address, new_port), Change::Added(view(after)));
-                right.next();
-            }
-            (_, None) => return,
-        }
-    }
-}
-
-/// What all eligible slices together say about a backend: the owner's word, the best of it if it says several things.
-fn best_view(
-    context: Context<'_>,
-    pools: &Pools,
-    service: &Service,
-    port: GroupPort,
-    key: (Address, u16),
-) -> Option<View> {
-    let mut best: Option<View> = None;
-    let mut conflict = false;
-    for part in service
-        .parts
-        .iter()
-        .filter(|part| service.eligible(part, context.local))
-    {
-        for slice in &part.slices {
-            if port.number_in(pools.ports(slice.ports)) != Some(key.1) {
-                continue;
-            }
-            let Some(endpoint) = slice.endpoint(&key.0) else {
-                continue;
-            };
-            let rank = |cluster: u16, class: Class| (cluster != context.local, cluster, class);
-            let view = View {
-                cluster: part.cluster,
-                class: endpoint.class(),
-                zone: endpoint.zone,
-                conflict: false,
-            };
-            conflict |= best.is_some_and(|best| best.cluster != part.cluster);
-            if best.is_none_or(|best| rank(view.cluster, view.class) < rank(best.cluster, best.class)) {
-                best = Some(view);
+    /// Hands all eligible slices to a new group.
+    fn fill_group(&mut self, number: u32) {
+        let context = Context {
+            local: self.local,
+            quarantined: &self.quarantined,
+            hasher: &self.hasher,
+        };
+        let group = &mut self.groups[number];
+        group.filled = true;
+        let Some(at) = group.service else { return };
+        let service = &self.services[at];
+        let parts = || {
+            service
+                .parts
+                .iter()
+                .filter(|part| service.eligible(part, self.local))
+        };
+        let port = group.port;
+        let joins = |slice: &&SliceRecord| port.number_in(self.pools.ports(slice.ports)).is_some();
+        let endpoints = parts()
+            .flat_map(|part| &part.slices)
+            .filter(joins)
+            .flat_map(|slice| &slice.endpoints);
+        let of_family = endpoints.filter(|endpoint| Family::of(&endpoint.address) == port.family);
+        group.candidates.reserve(context.hasher, of_family.count());
+        for part in parts() {
+            for slice in &part.slices {
+                contribute(
+                    context,
+                    &self.pools,
+                    service,
+                    group,
+                    part.cluster,
+                    None,
+                    Some(slice),
+                );
             }
         }
     }
-    best.map(|best| View { conflict, ..best })
 }

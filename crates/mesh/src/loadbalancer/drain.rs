@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use hashbrown::HashMap;
 use isthmus_bpf_abi::{Address, Backend, ServiceKey, ServiceValue};
 
-use super::{LoadBalancer, group::Context};
+use super::{LoadBalancer, candidate::Context};
 use crate::{LbDump, MapOp, Plan};
 
 /// Operations by phase.
@@ -56,7 +56,6 @@ impl LoadBalancer {
     /// The operations for everything that changed since the last drain.
     pub fn drain(&mut self) -> Plan {
         let mut phases = Phases::default();
-        let mut plan = Plan::default();
         let mut starved = Vec::new();
         for number in std::mem::take(&mut self.queue) {
             self.groups[number].queued = false;
@@ -87,13 +86,8 @@ impl LoadBalancer {
         for number in starved {
             self.enqueue(number);
         }
-        for mut part in [
-            phases.backends,
-            phases.slots,
-            phases.frontends,
-            phases.past_count,
-            phases.orphans,
-        ] {
+        let mut plan = phases.backends;
+        for mut part in [phases.slots, phases.frontends, phases.past_count, phases.orphans] {
             plan.append(&mut part);
         }
         plan
@@ -109,6 +103,9 @@ impl LoadBalancer {
 
     /// True if numbers ran out.
     fn drain_group(&mut self, number: u32, phases: &mut Phases) -> bool {
+        if !self.groups[number].filled {
+            self.fill_group(number);
+        }
         let Self {
             groups,
             frontends,

@@ -9,7 +9,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use isthmus_bpf_abi::{Address, ServiceKey};
 use isthmus_model::Protocol;
 
-use super::{LoadBalancer, group::Context};
+use super::{LoadBalancer, candidate::Context};
 use crate::to_ip;
 
 /// Address, port (host order) and IANA protocol number.
@@ -177,7 +177,9 @@ impl LoadBalancer {
         let Some(mut from) = self.groups.remove(orphan) else {
             return;
         };
-        self.queue.retain(|queued| *queued != orphan);
+        if from.queued {
+            self.queue.retain(|queued| *queued != orphan);
+        }
         let context = Context {
             local: self.local,
             quarantined: &self.quarantined,

@@ -6,11 +6,11 @@
 //! Invariants: a backend has a slot only if it has a number; slots have no holes; a backend keeps its slot until it
 //! leaves or fills the hole of one that left.
 
-use hashbrown::DefaultHashBuilder;
 use isthmus_bpf_abi::{Address, Backend, backend_state};
 use isthmus_model::Affinity;
 
 use super::{
+    candidate::{CHANGED, CONFLICT, Candidate, Context, DIRTY, GHOST, NO_SLOT, View, WRITTEN},
     record::GroupPort,
     select::{Class, Counts, Tier, TierSet, select},
 };
@@ -19,100 +19,8 @@ use crate::{
     indexed::{Indexed, Keyed, push_tight},
 };
 
-/// [`Candidate::slot`] of a backend without one.
-const NO_SLOT: u32 = u32::MAX;
 /// Slots that a frontend can have.
 pub(crate) const SLOTS_MAX: usize = u16::MAX as usize;
-
-/// What decides about a backend and is not its own.
-#[derive(Clone, Copy)]
-pub(crate) struct Context<'a> {
-    pub(crate) local: u16,
-    /// Clusters that do not answer, ascending.
-    pub(crate) quarantined: &'a [u16],
-    pub(crate) hasher: &'a DefaultHashBuilder,
-}
-
-impl Context<'_> {
-    fn quarantined(&self, cluster: u16) -> bool {
-        cluster != self.local && self.quarantined.binary_search(&cluster).is_ok()
-    }
-
-    pub(crate) fn tier(&self, cluster: u16, class: Class) -> Option<Tier> {
-        Tier::of(cluster == self.local, self.quarantined(cluster), class)
-    }
-}
-
-/// What a contribution, or the best of several, says about a backend.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) struct View {
-    pub(crate) cluster: u16,
-    pub(crate) class: Class,
-    pub(crate) zone: u8,
-    /// More than one cluster names it.
-    pub(crate) conflict: bool,
-}
-
-/// A backend that somebody names, usable or not.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Candidate {
-    pub(crate) address: Address,
-    /// Number in the backend map, 0 if it is not there.
-    pub(crate) id: u32,
-    slot: u32,
-    pub(crate) port: u16,
-    pub(crate) cluster: u16,
-    /// How many slices name it.
-    contributions: u32,
-    class: Class,
-    zone: u8,
-    flags: u8,
-}
-
-/// Restored from the maps, and no source has named it yet.
-const GHOST: u8 = 1;
-/// The backend map has an entry with `id`.
-const WRITTEN: u8 = 2;
-/// Listed in `Group::dirty`.
-const DIRTY: u8 = 4;
-/// The entry in the backend map may differ.
-const CHANGED: u8 = 8;
-const CONFLICT: u8 = 16;
-
-impl Keyed for Candidate {
-    type Key = (Address, u16);
-
-    fn key(&self) -> Self::Key {
-        (self.address, self.port)
-    }
-}
-
-impl Candidate {
-    pub(crate) const fn is(&self, flag: u8) -> bool {
-        self.flags & flag != 0
-    }
-
-    const fn set(&mut self, flag: u8, on: bool) {
-        self.flags = if on { self.flags | flag } else { self.flags & !flag };
-    }
-
-    /// Whether it belongs into the backend map.
-    const fn alive(&self) -> bool {
-        self.is(GHOST) || !matches!(self.class, Class::Unusable)
-    }
-
-    pub(crate) const fn has_slot(&self) -> bool {
-        self.slot != NO_SLOT
-    }
-
-    pub(crate) const fn class(&self) -> Class {
-        self.class
-    }
-
-    pub(crate) const fn is_written(&self) -> bool {
-        self.is(WRITTEN)
-    }
-}
 
 /// A change to one backend's contributions, made by one slice.
 #[derive(Clone, Copy, Debug)]
@@ -136,6 +44,8 @@ pub(crate) struct Group {
     pub(crate) slots: Vec<u32>,
     pub(crate) ghosts: u32,
     pub(crate) conflicts: u32,
+    /// Has its service's slices; else the next drain hands them over.
+    pub(crate) filled: bool,
     /// Waits for the next drain.
     pub(crate) queued: bool,
     /// Its service is gone; the next drain takes it out of the maps.
@@ -171,6 +81,7 @@ impl Group {
             slots: Vec::new(),
             ghosts: 0,
             conflicts: 0,
+            filled: service.is_none(),
             queued: false,
             dead: false,
             domain,

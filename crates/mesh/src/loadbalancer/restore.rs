@@ -13,12 +13,7 @@ use hashbrown::HashMap;
 use isthmus_bpf_abi::{Backend, PROTO_TCP, PROTO_UDP, SCOPE_EXTERNAL, ServiceKey, ServiceValue};
 use isthmus_model::Protocol;
 
-use super::{
-    LoadBalancer,
-    frontend::Frontend,
-    group::{Context, Group},
-    record::GroupPort,
-};
+use super::{LoadBalancer, candidate::Context, frontend::Frontend, group::Group, record::GroupPort};
 use crate::{Family, LbDump};
 
 /// Port name of a group that no service has: no text has this number.

@@ -7,7 +7,7 @@ use isthmus_model::{Affinity, Protocol, ServiceName};
 
 use super::{
     FrontendView, LoadBalancer,
-    group::Context,
+    candidate::Context,
     record::{EndpointRecord, Part, PortRecord, Service},
     select::{Class, Tier},
 };
@@ -319,7 +319,7 @@ impl LoadBalancer {
 
 impl super::group::Group {
     /// Why a backend that could take traffic was not selected.
-    fn why_not(&self, context: Context<'_>, candidate: &super::group::Candidate) -> Unused {
+    fn why_not(&self, context: Context<'_>, candidate: &super::candidate::Candidate) -> Unused {
         let Some(tier) = context.tier(candidate.cluster, candidate.class()) else {
             return Unused::Unready;
         };
