@@ -58,128 +58,127 @@ struct Running {
 
 /// Runs until `shutdown`. State stays as it is then: a restart is not a removal.
 pub async fn run(config: MirrorConfig, shared: Shared, metrics: MirrorMetrics, shutdown: CancellationToken) {
-    let ids = Arc::new(Mutex::new(ClusterIds::new(config.cluster_id)));
-    let mut running: BTreeMap<ClusterName, Running> = BTreeMap::new();
-    let mut complaints: BTreeMap<String, String> = BTreeMap::new();
+    let mut mirror = Mirror {
+        ids: Arc::new(Mutex::new(ClusterIds::new(config.cluster_id))),
+        config,
+        shared,
+        metrics,
+        shutdown,
+        running: BTreeMap::new(),
+        complaints: BTreeMap::new(),
+    };
     loop {
-        // A failing directory changes nothing: an unmounted volume is not the removal of every cluster.
-        let scanned = directory::scan(&config.directory, &config.cluster);
-        let mut complained = BTreeMap::new();
-        match scanned {
+        mirror.scan().await;
+        tokio::select! {
+            () = mirror.shutdown.cancelled() => break,
+            () = tokio::time::sleep(SCAN_INTERVAL) => {}
+        }
+    }
+    for (_, remote) in mirror.running {
+        // A panic there was reported when it happened; nothing is left to save.
+        let _ = remote.task.await;
+    }
+}
+
+struct Mirror {
+    config: MirrorConfig,
+    shared: Shared,
+    ids: Arc<Mutex<ClusterIds>>,
+    metrics: MirrorMetrics,
+    shutdown: CancellationToken,
+    running: BTreeMap<ClusterName, Running>,
+    /// By file name, so that each is logged once.
+    complaints: BTreeMap<String, String>,
+}
+
+impl Mirror {
+    /// Brings what runs into line with the directory.
+    async fn scan(&mut self) {
+        let directory = &self.config.directory;
+        let complaints = match directory::scan(directory, &self.config.cluster) {
+            // A failing directory changes nothing: an unmounted volume is not the removal of every cluster.
             Err(error) => {
-                complained.insert(
-                    String::new(),
-                    format!(
-                        "cannot read the directory {}: {error}",
-                        config.directory.display()
-                    ),
-                );
+                let complaint = format!("cannot read it: {error}");
+                BTreeMap::from([(directory.display().to_string(), complaint)])
             }
             Ok(scan) => {
-                complained = scan.complaints;
-                let gone: Vec<ClusterName> = running
-                    .keys()
-                    .filter(|name| !scan.files.contains_key(*name) && !complained.contains_key(name.as_str()))
-                    .cloned()
-                    .collect();
-                for name in gone {
-                    if let Some(gone) = running.remove(&name) {
-                        tracing::info!(cluster = %name, "the cluster's file is gone; removing its state");
-                        gone.removed.cancel();
-                        // It drains what it mirrored, which waits for nothing.
-                        let _ = gone.task.await;
-                        metrics.forget(name.as_str());
-                    }
-                }
+                let mut complaints = scan.complaints;
+                self.remove_all_but(&scan.files).await;
                 for (name, text) in scan.files {
                     match EtcdConfig::parse(&text) {
+                        Ok(etcd) => self.set(name, text, etcd),
                         Err(error) => {
                             let error: &dyn std::error::Error = &error;
-                            let source = error
-                                .source()
-                                .map(|source| format!(": {source}"))
-                                .unwrap_or_default();
-                            complained.insert(name.to_string(), format!("{error}{source}"));
+                            let source = error.source().map(|source| format!(": {source}"));
+                            complaints
+                                .insert(name.to_string(), format!("{error}{}", source.unwrap_or_default()));
                         }
-                        Ok(etcd) => apply(
-                            &mut running,
-                            name,
-                            text,
-                            etcd,
-                            &config,
-                            &shared,
-                            &ids,
-                            &metrics,
-                            &shutdown,
-                        ),
                     }
                 }
+                complaints
             }
-        }
-        for (name, complaint) in &complained {
-            if complaints.get(name) != Some(complaint) {
+        };
+        for (file, complaint) in &complaints {
+            if self.complaints.get(file) != Some(complaint) {
                 tracing::warn!(
-                    file = name,
+                    file,
                     complaint,
                     "cluster file is not usable; keeping what was configured"
                 );
             }
         }
-        complaints = complained;
-        metrics.remote_clusters.set(running.len() as i64);
-        tokio::select! {
-            () = shutdown.cancelled() => break,
-            () = tokio::time::sleep(SCAN_INTERVAL) => {}
-        }
+        self.complaints = complaints;
+        self.metrics.remote_clusters.set(self.running.len() as i64);
     }
-    for (_, remote) in running {
-        let _ = remote.task.await;
-    }
-}
 
-#[allow(clippy::too_many_arguments, reason = "split from `run` for its length only")]
-fn apply(
-    running: &mut BTreeMap<ClusterName, Running>,
-    name: ClusterName,
-    text: String,
-    etcd: EtcdConfig,
-    config: &MirrorConfig,
-    shared: &Shared,
-    ids: &Arc<Mutex<ClusterIds>>,
-    metrics: &MirrorMetrics,
-    shutdown: &CancellationToken,
-) {
-    if let Some(known) = running.get_mut(&name) {
-        if known.text != text {
-            tracing::info!(cluster = %name, "the cluster's file changed; connecting anew");
-            known.text = text;
-            known.config.send_replace(etcd);
+    async fn remove_all_but(&mut self, files: &BTreeMap<ClusterName, String>) {
+        let gone: Vec<ClusterName> = self
+            .running
+            .keys()
+            .filter(|name| !files.contains_key(*name))
+            .cloned()
+            .collect();
+        for name in gone {
+            if let Some(gone) = self.running.remove(&name) {
+                tracing::info!(cluster = %name, "the cluster's file is gone; removing its state");
+                gone.removed.cancel();
+                // It drains what it mirrored, which waits for nothing.
+                let _ = gone.task.await;
+                self.metrics.forget(name.as_str());
+            }
         }
-        return;
     }
-    let (sender, receiver) = watch::channel(etcd);
-    let removed = CancellationToken::new();
-    let remote = Remote::new(name.clone(), config.cluster.clone(), config.max);
-    let task = Task {
-        remote,
-        shared: shared.clone(),
-        ids: ids.clone(),
-        metrics: metrics.clone(),
-        connection: config.connection.clone(),
-        removed: removed.clone(),
-        shutdown: shutdown.clone(),
-    };
-    tracing::info!(cluster = %name, "mirroring a remote cluster");
-    let task = tokio::spawn(task.run(receiver));
-    running.insert(
-        name,
-        Running {
+
+    fn set(&mut self, name: ClusterName, text: String, etcd: EtcdConfig) {
+        if let Some(known) = self.running.get_mut(&name) {
+            if known.text != text {
+                tracing::info!(cluster = %name, "the cluster's file changed; connecting anew");
+                known.text = text;
+                known.config.send_replace(etcd);
+            }
+            return;
+        }
+        tracing::info!(cluster = %name, "mirroring a remote cluster");
+        let (config, receiver) = watch::channel(etcd);
+        let removed = CancellationToken::new();
+        let task = Task {
+            remote: Remote::new(name.clone(), self.config.max),
+            shared: self.shared.clone(),
+            ids: self.ids.clone(),
+            metrics: self.metrics.clone(),
+            connection: self.config.connection.clone(),
+            removed: removed.clone(),
+            shutdown: self.shutdown.clone(),
+        };
+        let task = tokio::spawn(task.run(receiver));
+        let running = Running {
             text,
-            config: sender,
+            config,
             removed,
             task,
-        },
-    );
+        };
+        self.running.insert(name, running);
+    }
 }
 
 struct Task {

@@ -206,7 +206,7 @@ impl WatchStream {
         context.shared.read(|store| {
             let merged = self.by_route.get(&Route::Merged).into_iter().flatten();
             let ids: Vec<i64> = match store.changed_since(self.seen) {
-                Ok(subs) => subs
+                Some(subs) => subs
                     .into_iter()
                     .flatten()
                     .filter_map(|id| self.by_route.get(&Route::Sub(id.clone())))
@@ -214,7 +214,7 @@ impl WatchStream {
                     .chain(merged)
                     .copied()
                     .collect(),
-                Err(()) => self.watches.keys().copied().collect(),
+                None => self.watches.keys().copied().collect(),
             };
             self.seen = store.merged_revision();
             for id in ids {

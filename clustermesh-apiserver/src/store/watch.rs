@@ -165,11 +165,11 @@ impl Store {
         Some(header)
     }
 
-    /// The sub-stores that changed after merged revision `since`; `None` in the list = this server's own keys. `Err` = too
+    /// The sub-stores that changed after merged revision `since`; `None` in the list = this server's own keys. `None` = too
     /// long ago to tell.
-    pub fn changed_since(&self, since: i64) -> Result<Vec<Option<&SubId>>, ()> {
+    pub fn changed_since(&self, since: i64) -> Option<Vec<Option<&SubId>>> {
         if since < self.merged.floor() {
-            return Err(());
+            return None;
         }
         let mut subs: Vec<Option<&SubId>> = self
             .merged
@@ -178,7 +178,7 @@ impl Store {
             .collect();
         subs.sort_unstable();
         subs.dedup();
-        Ok(subs)
+        Some(subs)
     }
 }
 

@@ -1,6 +1,12 @@
 //! The API server between a real etcd and real clients. Needs etcd (Debian: etcd-server) on the PATH; each test makes its own
 //! on loopback, and ends it.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot go on has failed"
+)]
+
 mod lab;
 mod mirror;
 mod reads;

@@ -74,8 +74,10 @@ impl CallError {
 
 /// One connection to one endpoint. Cheap to clone; clones share the connection.
 #[derive(Clone)]
-pub struct Client {
-    endpoint: Arc<Endpoint>,
+pub struct Client(Arc<Connection>);
+
+struct Connection {
+    endpoint: Endpoint,
     kv: KvClient<Channel>,
     watch: WatchClient<Channel>,
     call_timeout: Duration,
@@ -85,7 +87,7 @@ pub struct Client {
 impl std::fmt::Debug for Client {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Client")
-            .field("endpoint", &self.endpoint)
+            .field("endpoint", &self.0.endpoint)
             .finish()
     }
 }
@@ -114,38 +116,38 @@ impl Client {
 
     fn on(endpoint: Endpoint, channel: Channel, options: &Options) -> Self {
         let limit = options.message_len_max;
-        Self {
-            endpoint: Arc::new(endpoint),
+        Self(Arc::new(Connection {
+            endpoint,
             kv: KvClient::new(channel.clone()).max_decoding_message_size(limit),
             watch: WatchClient::new(channel).max_decoding_message_size(limit),
             call_timeout: options.call_timeout,
             message_len_max: limit,
-        }
+        }))
     }
 
     /// Where it is connected to.
     pub fn endpoint(&self) -> &Endpoint {
-        &self.endpoint
+        &self.0.endpoint
     }
 
     pub(crate) fn error(&self, status: Status) -> CallError {
-        CallError::of(status, self.message_len_max)
+        CallError::of(status, self.0.message_len_max)
     }
 
     async fn call<T>(
         &self,
         call: impl Future<Output = Result<tonic::Response<T>, Status>>,
     ) -> Result<T, CallError> {
-        match tokio::time::timeout(self.call_timeout, call).await {
+        match tokio::time::timeout(self.0.call_timeout, call).await {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(self.error(status)),
-            Err(_) => Err(CallError::Timeout(self.call_timeout)),
+            Err(_) => Err(CallError::Timeout(self.0.call_timeout)),
         }
     }
 
     /// Reads a range.
     pub async fn range(&self, request: RangeRequest) -> Result<(Header, RangeResponse), CallError> {
-        let mut kv = self.kv.clone();
+        let mut kv = self.0.kv.clone();
         let response = self.call(kv.range(request)).await?;
         let header = header(response.header.as_ref())?;
         Ok((header, response))
@@ -174,7 +176,7 @@ impl Client {
                 .collect(),
             ..Default::default()
         };
-        let mut kv = self.kv.clone();
+        let mut kv = self.0.kv.clone();
         let response = self.call(kv.txn(request)).await?;
         Ok(header(response.header.as_ref())?.revision)
     }
@@ -189,7 +191,7 @@ impl Client {
         request
             .metadata_mut()
             .insert("hasleader", MetadataValue::from_static("true"));
-        let mut watch = self.watch.clone();
+        let mut watch = self.0.watch.clone();
         self.call(watch.watch(request)).await
     }
 }

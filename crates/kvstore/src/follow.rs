@@ -6,6 +6,7 @@
 //! Invariants: a lost or paused upstream is noticed by HTTP/2 pings, its feeds keep what is known, and the connection is made
 //! again with jittered backoff. The decisions about lists and watches are [`crate::follower`]'s.
 
+mod calls;
 mod session;
 
 use std::{collections::BTreeMap, sync::Arc};

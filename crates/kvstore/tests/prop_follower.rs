@@ -1,6 +1,12 @@
 //! The follower against a simulated etcd: whatever is lost, compacted, emptied or begun anew, the consumer's view converges
 //! to the store, equals it whenever it is said to, and never flaps on the way.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot go on has failed"
+)]
+
 use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;

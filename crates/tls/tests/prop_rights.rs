@@ -1,5 +1,11 @@
 //! Coverage of a range agrees with coverage of each of its keys.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot go on has failed"
+)]
+
 use isthmus_tls::rights::{KeyRange, Rights};
 use proptest::prelude::*;
 

@@ -1,5 +1,11 @@
 //! Certificates from files: loading, rotation, refusal of what does not fit, names of peers.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot go on has failed"
+)]
+
 use std::{fs, path::Path, sync::Arc};
 
 use isthmus_tls::{ClientTls, PeerNameError, ServerTls, TlsError, peer_common_name};

@@ -8,21 +8,22 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use futures::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use isthmus_proto::etcdserverpb::{
-    RangeRequest, RangeResponse, WatchCancelRequest, WatchCreateRequest, WatchRequest, WatchResponse,
-    watch_request::RequestUnion,
+    WatchCancelRequest, WatchCreateRequest, WatchRequest, WatchResponse, watch_request::RequestUnion,
 };
 use isthmus_runtime::{Backoff, backoff};
 use tokio::sync::{mpsc, watch};
-use tonic::{Code, Status, Streaming};
+use tonic::{Status, Streaming};
 
-use super::{Followed, Update};
+use super::{
+    Followed, Update,
+    calls::{Answer, Asked, Call, answer, concerns_feed_only},
+};
 use crate::{
     client::{CallError, Client, header},
     connect::Options,
-    follower::{Effect, Feed, Follower, Header, Input},
+    follower::{Effect, Feed, Follower, Input},
 };
 
 /// Requests that wait for the watch stream: at most one create, and cancels.
@@ -32,40 +33,6 @@ const REQUESTS_MAX: usize = 1024;
 pub(super) enum End {
     ConsumerGone,
     Lost(String),
-}
-
-/// A unary call that is under way.
-struct Asked {
-    feed: Arc<str>,
-    token: u64,
-    call: Call,
-}
-
-#[derive(Clone)]
-enum Call {
-    List {
-        start: Bytes,
-        revision: i64,
-        page_len: i64,
-    },
-    /// The page of one key is too large: read the key alone.
-    Key {
-        start: Bytes,
-        revision: i64,
-    },
-    Check {
-        key: Bytes,
-        revision: i64,
-    },
-}
-
-enum Answer {
-    Page(Header, RangeResponse),
-    Checked {
-        header: Header,
-        mod_revision: Option<i64>,
-        count: i64,
-    },
 }
 
 type Answers = FuturesUnordered<BoxFuture<'static, (Asked, Result<Answer, CallError>)>>;
@@ -524,81 +491,6 @@ impl<'a> Session<'a> {
                 .await
             }
             None => Ok(()),
-        }
-    }
-}
-
-/// Errors that another connection would not cure.
-fn concerns_feed_only(error: &CallError) -> bool {
-    match error {
-        CallError::Denied | CallError::TooLarge(_) => true,
-        CallError::Other { code, .. } => matches!(
-            code,
-            Code::ResourceExhausted
-                | Code::InvalidArgument
-                | Code::FailedPrecondition
-                | Code::Unimplemented
-                | Code::Unauthenticated
-                | Code::NotFound
-                | Code::OutOfRange
-        ),
-        CallError::Compacted | CallError::Future | CallError::Timeout(_) | CallError::NoHeader => false,
-    }
-}
-
-async fn answer(client: &Client, feed: &Feed, call: &Call) -> Result<Answer, CallError> {
-    match call {
-        Call::List {
-            start,
-            revision,
-            page_len,
-        } => {
-            let request = RangeRequest {
-                // A single key has no end, and one page.
-                key: start.clone(),
-                range_end: feed.range_end.clone(),
-                limit: *page_len,
-                revision: *revision,
-                // Later pages read a pinned revision, which any member can serve.
-                serializable: *revision != 0,
-                ..Default::default()
-            };
-            let (header, page) = client.range(request).await?;
-            Ok(Answer::Page(header, page))
-        }
-        Call::Key { start, revision } => {
-            let request = RangeRequest {
-                key: start.clone(),
-                range_end: feed.range_end.clone(),
-                limit: 1,
-                revision: *revision,
-                keys_only: true,
-                ..Default::default()
-            };
-            let (header, page) = client.range(request).await?;
-            Ok(Answer::Page(header, page))
-        }
-        Call::Check { key, revision } => {
-            let get = RangeRequest {
-                key: key.clone(),
-                revision: *revision,
-                keys_only: true,
-                ..Default::default()
-            };
-            let count = RangeRequest {
-                key: feed.key.clone(),
-                range_end: feed.range_end.clone(),
-                revision: *revision,
-                count_only: true,
-                ..Default::default()
-            };
-            let ((header, found), (_, counted)) =
-                futures::future::try_join(client.range(get), client.range(count)).await?;
-            Ok(Answer::Checked {
-                header,
-                mod_revision: found.kvs.first().map(|kv| kv.mod_revision),
-                count: counted.count,
-            })
         }
     }
 }

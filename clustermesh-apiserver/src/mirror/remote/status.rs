@@ -1,0 +1,116 @@
+//! What a remote cluster's mirror says about itself: to agents and people by its status, to Prometheus by metrics.
+
+use bytes::Bytes;
+use isthmus_wire::{Refusal, keys::REMOTE_STATUS};
+
+use super::{Remote, kind_name, wanted};
+use crate::{
+    metrics::{MirrorMetrics, Refused, Target},
+    store::Store,
+};
+
+/// Refused keys that are remembered so that each is logged once.
+const LOGGED_MAX: usize = 10_000;
+/// Refusals shown in the status.
+const LAST_REFUSALS_MAX: usize = 10;
+
+impl Remote {
+    pub(super) fn on_failure(&mut self, error: String, now_ms: u64) {
+        if self.connection_error != error {
+            tracing::warn!(cluster = %self.cluster, error, "the remote cluster does not answer; keeping its state");
+        }
+        self.connection_error = error;
+        self.status.num_failures += 1;
+        self.status.last_failure_ms = now_ms;
+        self.new_failures += 1;
+    }
+
+    pub(super) fn on_refusal(&mut self, key: Bytes, refusal: &Refusal) {
+        let reason = refusal.reason();
+        *self.status.refused.entry(reason.to_owned()).or_default() += 1;
+        *self.new_refusals.entry(reason).or_default() += 1;
+        let name: String = String::from_utf8_lossy(&key).chars().take(256).collect();
+        if self.logged.len() < LOGGED_MAX && self.logged.insert(Bytes::copy_from_slice(&key)) {
+            let refusal: &dyn std::error::Error = refusal;
+            tracing::warn!(cluster = %self.cluster, key = name, reason, error = refusal, "refused an object; its previous value stays");
+        }
+        let last = &mut self.status.last_refusals;
+        last.push(format!("{name}: {refusal}"));
+        if last.len() > LAST_REFUSALS_MAX {
+            last.remove(0);
+        }
+    }
+
+    pub(super) fn refresh(&mut self, store: &Store) {
+        let status = &mut self.status;
+        status.objects.clear();
+        status.synced.clear();
+        let wanted = self.admitted.as_ref().map(wanted).unwrap_or_default();
+        for kind in &wanted {
+            status.synced.insert(kind_name(*kind).to_owned(), false);
+        }
+        for (kind, mirrored) in self.kinds.values() {
+            let keys = store.status(&mirrored.sub).map_or(0, |sub| sub.keys as u64);
+            status.objects.insert(kind_name(*kind).to_owned(), keys);
+            status.synced.insert(kind_name(*kind).to_owned(), mirrored.synced);
+        }
+        status.cluster_id = self
+            .admitted
+            .as_ref()
+            .map_or(0, |admitted| admitted.id.get().into());
+        status.slices = self.admitted.as_ref().is_some_and(|admitted| admitted.slices);
+        let synced = status.synced.values().all(|synced| *synced);
+        status.ready = self.admitted.is_some() && self.problem.is_empty() && synced;
+        let waiting = || {
+            let missing = status
+                .synced
+                .iter()
+                .filter(|(_, synced)| !**synced)
+                .map(|(kind, _)| kind.as_str());
+            let missing: Vec<&str> = missing.collect();
+            if missing.is_empty() {
+                String::new()
+            } else {
+                format!("waiting for {}", missing.join(", "))
+            }
+        };
+        let texts = [self.connection_error.clone(), self.problem.clone(), waiting()];
+        status.status = texts
+            .into_iter()
+            .find(|text| !text.is_empty())
+            .unwrap_or_default();
+    }
+
+    pub(super) fn write_status(&mut self, store: &mut Store) {
+        if self.written.as_ref() == Some(&self.status) {
+            return;
+        }
+        self.written = Some(self.status.clone());
+        let key = format!("{REMOTE_STATUS}{}", self.cluster);
+        store.put_local(key.into(), self.status.encode().into());
+    }
+
+    /// Brings the metrics up to date.
+    pub fn export(&mut self, metrics: &MirrorMetrics) {
+        let target = Target {
+            target_cluster: self.cluster.to_string(),
+        };
+        let ready = self.status.connected && self.status.ready;
+        metrics.readiness.get_or_create(&target).set(ready.into());
+        if self.new_failures > 0 {
+            metrics
+                .failures
+                .get_or_create(&target)
+                .inc_by(std::mem::take(&mut self.new_failures));
+            let seconds = i64::try_from(self.status.last_failure_ms / 1000).unwrap_or(i64::MAX);
+            metrics.last_failure.get_or_create(&target).set(seconds);
+        }
+        for (reason, count) in std::mem::take(&mut self.new_refusals) {
+            let refused = Refused {
+                target_cluster: self.cluster.to_string(),
+                reason,
+            };
+            metrics.refused.get_or_create(&refused).inc_by(count);
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! What a follower takes in and gives out.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use isthmus_proto::mvccpb::{Event, KeyValue};
+use isthmus_wire::keys::range_end;
+
+/// A range of keys to follow.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Feed {
+    /// The key or prefix as text; names the feed.
+    pub name: Arc<str>,
+    /// First key.
+    pub key: Bytes,
+    /// Exclusive end as etcd takes it; empty = just the key.
+    pub range_end: Bytes,
+    /// Larger values are refused, in bytes.
+    pub value_len_max: usize,
+}
+
+impl Feed {
+    /// All keys that begin with `prefix`. End it in `/` unless longer names are meant too.
+    pub fn prefix(prefix: &str, value_len_max: usize) -> Self {
+        Self {
+            name: prefix.into(),
+            key: Bytes::copy_from_slice(prefix.as_bytes()),
+            range_end: range_end(prefix.as_bytes()).into(),
+            value_len_max,
+        }
+    }
+
+    /// One key.
+    pub fn key(key: &str, value_len_max: usize) -> Self {
+        Self {
+            name: key.into(),
+            key: Bytes::copy_from_slice(key.as_bytes()),
+            range_end: Bytes::new(),
+            value_len_max,
+        }
+    }
+
+    /// All keys from `first` up to and without `end`.
+    pub fn range(first: &str, end: &str, value_len_max: usize) -> Self {
+        Self {
+            name: first.into(),
+            key: Bytes::copy_from_slice(first.as_bytes()),
+            range_end: Bytes::copy_from_slice(end.as_bytes()),
+            value_len_max,
+        }
+    }
+
+    pub(super) fn contains(&self, key: &[u8]) -> bool {
+        match &self.range_end[..] {
+            [] => key == self.key,
+            [0] => key >= &self.key[..],
+            end => key >= &self.key[..] && key < end,
+        }
+    }
+}
+
+/// A changed key.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Change {
+    /// The key has this value. In a list also keys that did not change since they were last reported may be named.
+    Put {
+        /// Key. Shares memory with the message it came in, as does the value: copy what is kept for long.
+        key: Bytes,
+        /// Value, not larger than the feed's limit.
+        value: Bytes,
+        /// Revision of its creation.
+        create_revision: i64,
+        /// Revision of this value.
+        mod_revision: i64,
+        /// How often it was written since its creation.
+        version: i64,
+    },
+    /// The key is gone.
+    Delete {
+        /// Key.
+        key: Bytes,
+        /// Revision of the deletion; in a list the revision of the list.
+        mod_revision: i64,
+    },
+    /// The key has a value that is larger than the feed's limit.
+    Refused {
+        /// Key.
+        key: Bytes,
+        /// Revision of the value.
+        mod_revision: i64,
+        /// Length in bytes, 0 if unknown.
+        len: usize,
+    },
+}
+
+/// What every answer of a server begins with.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Header {
+    /// Changes with the history.
+    pub cluster_id: u64,
+    /// Revision of the store.
+    pub revision: i64,
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// A new connection stands.
+    Connected,
+    /// The connection is gone, and with it everything that was asked.
+    Disconnected,
+    /// Answer to [`Effect::List`]: a page.
+    Page {
+        /// Header of the answer.
+        header: Header,
+        /// Keys, ascending.
+        kvs: Vec<KeyValue>,
+        /// There are keys after these.
+        more: bool,
+        /// The keys stand without their values, which are too large to be read.
+        unreadable: bool,
+    },
+    /// Answer to [`Effect::List`]: the revision is compacted.
+    PageCompacted,
+    /// Answer to [`Effect::Check`].
+    Checked {
+        /// Header of the answer.
+        header: Header,
+        /// Revision of the key's value then; `None` = absent.
+        mod_revision: Option<i64>,
+        /// Number of keys in the feed's range then.
+        count: i64,
+    },
+    /// Answer to [`Effect::Check`]: that revision is compacted or in the future.
+    CheckFailed,
+    /// Answer to [`Effect::Watch`].
+    Created {
+        /// Header of the answer.
+        header: Header,
+    },
+    /// The watch said something; without events, that everything up to the header's revision was delivered.
+    Events {
+        /// Header of the answer.
+        header: Header,
+        /// In revision order, no revision split over two inputs.
+        events: Vec<Event>,
+    },
+    /// The server ended the watch: compaction, no leader, permission.
+    Canceled,
+}
+
+/// What to do.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Effect {
+    /// Read the keys of the feed from `start` on, linearizable.
+    List {
+        /// First key.
+        start: Bytes,
+        /// 0 = the current one.
+        revision: i64,
+    },
+    /// Read `key`'s revision, and the number of keys of the feed, both as of `revision`.
+    Check {
+        /// Key.
+        key: Bytes,
+        /// Revision to read at.
+        revision: i64,
+    },
+    /// Watch the feed from this revision on.
+    Watch {
+        /// First revision to be delivered.
+        start_revision: i64,
+    },
+    /// Cancel the watch, and let nothing that it still says reach this machine.
+    Unwatch,
+    /// A list begins. Changes up to [`Effect::Listed`] are the difference to what was reported before.
+    Listing {
+        /// Header of the first page.
+        header: Header,
+        /// The history is certainly the one that was followed before.
+        trusted: bool,
+    },
+    /// The list is at its end.
+    Listed {
+        /// Header of the first page.
+        header: Header,
+        /// Revisions that were reported before the list do not compare with those of the list and after it.
+        new_history: bool,
+    },
+    /// Changes, and the revision up to which all are delivered (in a list: that of the list).
+    Changes {
+        /// Revision.
+        revision: i64,
+        /// May be empty.
+        changes: Vec<Change>,
+    },
+    /// The view equals the store's content at this revision, and changes follow as they happen.
+    Synced {
+        /// Cluster ID and revision.
+        header: Header,
+    },
+}
