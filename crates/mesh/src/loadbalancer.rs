@@ -73,6 +73,8 @@ pub struct LoadBalancer {
     loose: HashMap<(Address, u16, u8), Vec<u32>>,
     /// Restored keys that no lookup can reach, or that we did not write: to be deleted by the next drain.
     debris: Vec<ServiceKey>,
+    /// Failure domains that frontends moved between, or that became one.
+    links: Vec<(u32, u32)>,
     /// Numbers to delete from the backend map, each with its failure domain.
     spare: Vec<(u32, u32)>,
 }
@@ -98,6 +100,7 @@ impl LoadBalancer {
             unclaimed: Vec::new(),
             loose: HashMap::new(),
             debris: Vec::new(),
+            links: Vec::new(),
             spare: Vec::new(),
         }
     }

@@ -76,6 +76,8 @@ pub struct Plan {
     pub ops: Vec<MapOp>,
     /// The failure domain of each of `ops`: as many.
     pub domains: Vec<u32>,
+    /// Pairs of domains that have to do with each other from now on: what one holds up, the other waits for too.
+    pub links: Vec<(u32, u32)>,
 }
 
 impl Plan {
@@ -92,22 +94,27 @@ impl Plan {
     /// A plan of independent operations.
     pub fn independent(ops: Vec<MapOp>) -> Self {
         let domains = vec![0; ops.len()];
-        Self { ops, domains }
+        Self {
+            ops,
+            domains,
+            links: Vec::new(),
+        }
     }
 
     /// Puts `other`'s operations in among these, phase by phase.
-    pub fn merge(&mut self, other: Self) {
+    pub fn merge(&mut self, mut other: Self) {
+        self.links.append(&mut other.links);
         if self.is_empty() {
-            *self = other;
+            (self.ops, self.domains) = (other.ops, other.domains);
             return;
         }
         if other.is_empty() {
             return;
         }
-        let mut both: Vec<(MapOp, u32)> = std::mem::take(self)
-            .into_pairs()
-            .chain(other.into_pairs())
-            .collect();
+        let mine = std::mem::take(&mut self.ops)
+            .into_iter()
+            .zip(std::mem::take(&mut self.domains));
+        let mut both: Vec<(MapOp, u32)> = mine.chain(other.into_pairs()).collect();
         both.sort_by_key(|(op, _)| op.phase());
         (self.ops, self.domains) = both.into_iter().unzip();
     }

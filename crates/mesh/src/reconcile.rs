@@ -6,7 +6,8 @@
 //!
 //! Invariants: after an operation failed, later ones of its failure domain are held until it succeeded, and newer ones
 //! join them, the last for each object counting; what is held is tried again in the order of a plan, after a delay that
-//! doubles up to a limit. Other domains go on. Held operations are bounded by the maps' sizes: one for each object.
+//! doubles up to a limit. Domains that a plan links, or that write one object while it is held, are one until nothing is
+//! held any more. Other domains go on. Held operations are bounded by the maps' sizes: one for each object.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -66,6 +67,25 @@ struct Held {
     error: String,
 }
 
+impl Held {
+    fn join(&mut self, mut other: Self) {
+        self.ops.append(&mut other.ops);
+        if other.since < self.since {
+            (self.since, self.error) = (other.since, other.error);
+        }
+        self.attempts = self.attempts.max(other.attempts);
+        self.retry_at = self.retry_at.max(other.retry_at);
+    }
+}
+
+/// The domain that stands for `number` and all that it is linked to.
+fn root(parents: &BTreeMap<u32, u32>, mut number: u32) -> u32 {
+    while let Some(&parent) = parents.get(&number) {
+        number = parent;
+    }
+    number
+}
+
 /// How far the maps are.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Progress {
@@ -90,6 +110,8 @@ pub struct Progress {
 pub struct Reconciler {
     config: RetryConfig,
     held: BTreeMap<Domain, Held>,
+    /// From a domain to one that it is part of.
+    parents: BTreeMap<u32, u32>,
     round: Vec<(MapOp, u32)>,
     /// First of `round` that is not done.
     done: usize,
@@ -111,6 +133,7 @@ impl Reconciler {
         Self {
             config,
             held: BTreeMap::new(),
+            parents: BTreeMap::new(),
             round: Vec::new(),
             done: 0,
             batch: Vec::new(),
@@ -137,10 +160,24 @@ impl Reconciler {
         let before = self.revision;
         self.revision = revision.max(before);
         if self.held.is_empty() {
+            self.parents.clear();
+        }
+        for (a, b) in &plan.links {
+            self.link(*a, *b);
+        }
+        if self.held.is_empty() {
             self.round = plan.into_pairs().collect();
+            if !self.parents.is_empty() {
+                let parents = &self.parents;
+                self.round
+                    .iter_mut()
+                    .for_each(|(_, number)| *number = root(parents, *number));
+            }
             return;
         }
+        self.link_by_objects(&plan);
         for (op, number) in plan.into_pairs() {
+            let number = root(&self.parents, number);
             match self.held.get_mut(&Domain::of(&op, number)) {
                 Some(held) => drop(held.ops.insert(op.object(), op)),
                 None => self.round.push((op, number)),
@@ -164,6 +201,37 @@ impl Reconciler {
             self.retried.insert(domain, (held.attempts, held.since));
         }
         self.round.sort_by_key(|(op, _)| op.phase());
+    }
+
+    /// Makes two domains one, with what they hold.
+    fn link(&mut self, a: u32, b: u32) {
+        let (a, b) = (root(&self.parents, a), root(&self.parents, b));
+        if a == b || a == 0 || b == 0 {
+            return;
+        }
+        self.parents.insert(b, a);
+        let Some(theirs) = self.held.remove(&Domain::Number(b)) else {
+            return;
+        };
+        match self.held.get_mut(&Domain::Number(a)) {
+            Some(ours) => ours.join(theirs),
+            None => drop(self.held.insert(Domain::Number(a), theirs)),
+        }
+    }
+
+    /// Links each domain of the plan that writes an object to the domain that holds an operation on it.
+    fn link_by_objects(&mut self, plan: &Plan) {
+        let mut holders = BTreeMap::new();
+        for (domain, held) in &self.held {
+            if let Domain::Number(number) = domain {
+                holders.extend(held.ops.keys().map(|object| (*object, *number)));
+            }
+        }
+        for (op, number) in plan.ops.iter().zip(&plan.domains) {
+            if let Some(holder) = holders.get(&op.object()) {
+                self.link(*holder, *number);
+            }
+        }
     }
 
     /// The next operations to apply: of one phase, at most `max`. `None` when the round is done.

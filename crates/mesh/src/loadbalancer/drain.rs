@@ -87,6 +87,7 @@ impl LoadBalancer {
             self.enqueue(number);
         }
         let mut plan = phases.backends;
+        plan.links = std::mem::take(&mut self.links);
         for mut part in [phases.slots, phases.frontends, phases.past_count, phases.orphans] {
             plan.append(&mut part);
         }
@@ -281,5 +282,9 @@ pub fn plan_maps(actual: &LbDump, desired: &LbDump) -> Plan {
     ops.sort_by_key(MapOp::phase);
     // One domain: the pass is rare and small, and knows nothing of groups.
     let domains = vec![u32::MAX; ops.len()];
-    Plan { ops, domains }
+    Plan {
+        ops,
+        domains,
+        links: Vec::new(),
+    }
 }

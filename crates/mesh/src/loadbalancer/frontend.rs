@@ -156,12 +156,12 @@ impl LoadBalancer {
         self.leave(number, before);
         let frontend = &mut self.frontends[number];
         frontend.fresh = true;
-        if frontend.written.is_none() {
-            frontend.domain = self.groups[group].domain;
-        } else {
-            // What fails for the frontend must hold up the backends of both owners; one domain is what both can share.
-            self.groups[group].domain = frontend.domain;
+        let domain = self.groups[group].domain;
+        if frontend.written.is_some() && frontend.domain != domain {
+            // Its slots still name backends of the other domain.
+            self.links.push((frontend.domain, domain));
         }
+        frontend.domain = domain;
         self.groups[group].frontends.push(number);
         self.enqueue(group);
     }
@@ -195,6 +195,7 @@ impl LoadBalancer {
             }
         }
         let domain = into.domain;
+        self.links.push((from.domain, domain));
         self.spare.extend(spare.into_iter().map(|id| (id, domain)));
         for number in from.frontends {
             let frontend = &mut self.frontends[number];

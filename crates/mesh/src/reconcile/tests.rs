@@ -35,6 +35,7 @@ fn service(domain: u32) -> Plan {
             MapOp::ServicePut(key, ServiceValue::frontend(domain, 1, 0)),
         ],
         domains: vec![domain; 3],
+        links: vec![],
     }
 }
 
@@ -118,6 +119,7 @@ fn a_newer_operation_joins_the_held_ones_and_replaces_its_object() {
             MapOp::BackendDelete(1),
         ],
         domains: vec![1; 3],
+        links: vec![],
     };
     reconciler.begin(ms(50), gone.clone(), 2);
     assert_eq!(run(&mut reconciler, ms(50), &[]), []);
@@ -155,4 +157,33 @@ fn full_passes_come_by_the_clock_and_not_while_something_is_held() {
         (reconciler.wake_at(), reconciler.progress().repaired_total),
         (due + due + ms(100), 2)
     );
+}
+
+#[test]
+fn linked_domains_wait_for_each_other() {
+    let mut reconciler = reconciler();
+    let mut plan = service(1);
+    plan.merge(service(2));
+    plan.links = vec![(1, 2)];
+    reconciler.begin(ms(0), plan, 1);
+    run(&mut reconciler, ms(0), &[Object::Backend(1)]);
+    assert_eq!(reconciler.progress().held, 5, "all but the other backend");
+    reconciler.begin(ms(1), service(2), 2);
+    assert_eq!(run(&mut reconciler, ms(1), &[]), [], "still one");
+    reconciler.begin(ms(100), Plan::default(), 2);
+    assert_eq!(run(&mut reconciler, ms(100), &[]).len(), 6);
+    assert_eq!(reconciler.progress().held, 0);
+}
+
+#[test]
+fn an_object_that_is_held_links_the_domains_that_write_it() {
+    let mut reconciler = reconciler();
+    reconciler.begin(ms(0), service(1), 1);
+    run(&mut reconciler, ms(0), &[Object::Backend(1)]);
+    let mut other = service(1);
+    other.domains = vec![9; 3];
+    reconciler.begin(ms(50), other, 2);
+    assert_eq!(run(&mut reconciler, ms(50), &[]), []);
+    reconciler.begin(ms(100), Plan::default(), 2);
+    assert_eq!(run(&mut reconciler, ms(100), &[]), service(1).ops);
 }

@@ -37,8 +37,6 @@ proptest! {
 
     #[test]
     fn failures_hold_up_only_what_depends_on_them(events in some_events(30), failures in vec(0u8..4, 1..50)) {
-        // One service's frontends: a frontend that changes hands joins the domains of two services only from then on.
-        let events: Vec<Event> = events.into_iter().filter(|event| !matches!(event, Event::Frame(frame) if *frame.name.name != *"s0")).collect();
         let mut merge = LoadBalancer::new(cluster(LOCAL));
         let (mut tables, mut maps) = (Tables::default(), Maps::default());
         let mut reconciler = Reconciler::new(RetryConfig::default(), Duration::ZERO);
