@@ -1,8 +1,8 @@
 //! Merges the services of all clusters into frontends and their backends, and plans the map writes for what changed.
 //!
 //! In: frames and slices of every cluster, which clusters answer, which sources are listed in full. Out: [plans](crate::Plan).
-//! A change touches one service: its tables ([`record`]), its backend groups ([`group`]), the selection by affinity
-//! ([`select`]). Frontends and their numbers are in [`frontend`], operations in [`drain`], restart in [`restore`].
+//! A change touches one service: its tables (`record`), its backend groups (`group`), the selection by affinity
+//! (`select`). Frontends and their numbers are in `frontend`, operations in `drain`, restart in `restore`.
 //!
 //! Invariants: a remote cluster never adds a frontend that the local cluster does not have; an unanswering cluster's
 //! backends are used only when nothing else is left; of two clusters that name one address and port the local one owns

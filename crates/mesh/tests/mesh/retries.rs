@@ -6,7 +6,7 @@ use isthmus_mesh::{LoadBalancer, Reconciler, reconcile::RetryConfig};
 use proptest::{collection::vec, prelude::*};
 
 use crate::{
-    events::{Event, cluster, some_events},
+    events::{cluster, some_events},
     maps::Maps,
     naive::{LOCAL, Tables},
 };
