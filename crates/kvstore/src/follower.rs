@@ -1,4 +1,4 @@
-//! Follows one range of keys of an etcd: list, watch, resume, list again. A pure state machine; [`crate::follow`] drives it.
+//! Follows one range of keys of an etcd: list, watch, resume, list again. A pure state machine; [`crate::follow()`] drives it.
 //!
 //! In: what the connection, the list pages and the watch said. Out: what to ask next, and changes for the consumer.
 //!

@@ -1,4 +1,4 @@
-//! etcd as a stream of typed updates ([`follow`]) and a batched, idempotent [`writer`].
+//! etcd as a stream of typed updates ([`follow()`]) and a batched, idempotent [`writer`].
 //!
 //! In: an etcd (or a clustermesh-apiserver, which speaks its read API) named by an [`EtcdConfig`]. Out: [`Update`]s over a
 //! bounded channel; transactions that bring the store to the desired content and nothing more.
