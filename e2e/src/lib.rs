@@ -1,6 +1,6 @@
-//! A sandbox for a test: made from the release build, waited for, and removed again whatever happens.
+//! A sandbox for a test: made from the same build, waited for, and removed again whatever happens.
 //!
-//! The tests need root, etcd and kubectl, and the programs of `cargo build --release --workspace --bins`; where one is missing
+//! The tests need root, etcd and kubectl, and the programs of `cargo build --workspace --bins`; where one is missing
 //! they fail and say so. Nothing here sleeps to wait: [`eventually`] asks until an answer holds or a deadline passes.
 
 use std::{
@@ -271,16 +271,23 @@ spec:{node}
     )
 }
 
-/// A program of the release build, or of `ISTHMUS_BIN_DIR`.
+/// A program of the same build as this test, or of `ISTHMUS_BIN_DIR`.
 pub fn program(name: &str) -> anyhow::Result<PathBuf> {
-    let folder = std::env::var_os("ISTHMUS_BIN_DIR").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release"),
-        PathBuf::from,
-    );
+    let folder = match std::env::var_os("ISTHMUS_BIN_DIR") {
+        Some(folder) => PathBuf::from(folder),
+        None => {
+            let test = std::env::current_exe().context("where am I")?;
+            // target/<profile>/deps/<test>
+            test.parent()
+                .and_then(Path::parent)
+                .context("the test has no build folder")?
+                .to_owned()
+        }
+    };
     let path = folder.join(name);
     ensure!(
         path.exists(),
-        "{} is missing: run `cargo build --release --workspace --bins` first",
+        "{} is missing: run `cargo build --workspace --bins` first",
         path.display()
     );
     path.canonicalize()

@@ -24,7 +24,7 @@ async fn the_commands_show_what_is_there() -> anyhow::Result<()> {
             .isthmus("west-1", &["service", "list", "--all-backends"])
             .await?;
         ensure!(
-            list.contains("test/hello") && list.contains("east") && list.contains("west"),
+            list.contains("hello") && list.contains("east") && list.contains("west"),
             "{list}"
         );
         Ok(())

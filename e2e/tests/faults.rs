@@ -111,9 +111,9 @@ async fn backends(sandbox: &Sandbox) -> anyhow::Result<usize> {
     let list = shown.as_array().context("bpf lb list is no array")?;
     let ours = list
         .iter()
-        .find(|entry| entry["frontend"] == frontend.as_str() && entry["protocol"] == "TCP");
-    let backends = ours.with_context(|| format!("no frontend {frontend} in {shown}"))?["backends"].as_array();
-    Ok(backends.context("no list of backends")?.len())
+        .find(|entry| entry["address"] == frontend.as_str() && entry["protocol"] == "TCP");
+    let backends = ours.with_context(|| format!("no frontend {frontend} in {shown}"))?["slots"].as_array();
+    Ok(backends.context("no list of slots")?.len())
 }
 
 async fn component_faults(sandbox: &Sandbox, load: &Load) -> anyhow::Result<()> {

@@ -15,5 +15,7 @@ mod toolchain;
 pub fn build(root: &Path) -> Result<PathBuf> {
     let found = toolchain::find().map_err(|message| anyhow!(message))?;
     println!("building with {}", found.description);
-    found.build(&root.join("bpf-programs"), &root.join("target/bpf-programs")).map_err(|message| anyhow!(message))
+    found
+        .build(&root.join("bpf-programs"), &root.join("target/bpf-programs"))
+        .map_err(|message| anyhow!(message))
 }

@@ -1,3 +1,5 @@
+//! The register of endpoints: idempotent calls, restarts, garbage collection.
+
 use super::*;
 use proptest::prelude::*;
 

@@ -1,3 +1,5 @@
+//! Which sources are expected and which are complete.
+
 use super::*;
 use isthmus_wire::config::{Capabilities, IsthmusCapabilities};
 use isthmus_wire::keys::{self, SYNCED as CANARIES};

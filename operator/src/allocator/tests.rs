@@ -1,3 +1,5 @@
+//! Allocation of identity numbers: unique, stable, rested before reuse.
+
 use isthmus_model::{
     ClusterId, MaxConnectedClusters,
     labels::{POLICY_CLUSTER, SOURCE_K8S},

@@ -1,3 +1,5 @@
+//! Leader election: never two leaders, whatever the clocks and lost answers.
+
 use proptest::prelude::*;
 
 use super::*;

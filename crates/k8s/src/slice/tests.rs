@@ -1,3 +1,5 @@
+//! Packing of endpoints into slices: bounded, and stable under change.
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::Ipv4Addr,
