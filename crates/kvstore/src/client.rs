@@ -1,17 +1,30 @@
 //! The calls that are needed, on one connection, with limits and with errors told apart.
+//!
+//! Two clients share the connection, and with it its TLS, whose files are read again for each handshake:
+//! - `etcd-client` works on the store that is our own, where a [`Writer`](crate::Writer) lists, compares and writes: plain
+//!   calls to a real etcd, for which the ecosystem's client is the one to use. All writes take this way.
+//! - `isthmus_proto`'s clients read what others serve, and carry every watch stream, also the writer's. A follower judges each
+//!   message by its header, takes keys and values as slices of it, must survive event types that it does not know, and never
+//!   waits to send a request. etcd-client copies each value out of the message and again out of its event, panics when asked
+//!   for the type of an unknown event, and waits while its queue of requests is full.
+//!
+//! Whose store it is is said when connecting; limits, timeouts and errors are the same for both.
+
+mod own;
 
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures::TryFutureExt;
 use isthmus_proto::etcdserverpb::{
-    DeleteRangeRequest, PutRequest, RangeRequest, RangeResponse, RequestOp, ResponseHeader, TxnRequest,
-    WatchRequest, WatchResponse, kv_client::KvClient, request_op::Request as TxnOp,
+    RangeRequest, RangeResponse, ResponseHeader, WatchRequest, WatchResponse, kv_client::KvClient,
     watch_client::WatchClient,
 };
+use own::OwnStore;
 use rand::seq::SliceRandom;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request, Status, Streaming, metadata::MetadataValue, transport::Channel};
+use tonic::{Code, Request, Response, Status, Streaming, metadata::MetadataValue, transport::Channel};
 
 use crate::{
     config::{Endpoint, EtcdConfig},
@@ -72,12 +85,64 @@ impl CallError {
     }
 }
 
+/// Whose store a connection leads to.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Owner {
+    /// We write it.
+    Ourselves,
+    /// We only read it, or nothing is known about who answers.
+    Others,
+}
+
+/// What is to be read.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(crate) struct Read {
+    /// First key.
+    pub(crate) start: Bytes,
+    /// First key that is not meant any more; empty: `start` alone.
+    pub(crate) end: Bytes,
+    /// Most keys to return; 0 for all.
+    pub(crate) limit: i64,
+    /// At this revision; 0 for the newest.
+    pub(crate) revision: i64,
+    /// Any member may answer from what it has.
+    pub(crate) serializable: bool,
+    pub(crate) part: Part,
+}
+
+/// Which part of the keys is returned.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Part {
+    All,
+    /// Without their values.
+    Keys,
+    /// Only how many there are.
+    Count,
+}
+
+impl From<&Read> for RangeRequest {
+    fn from(read: &Read) -> Self {
+        Self {
+            key: read.start.clone(),
+            range_end: read.end.clone(),
+            limit: read.limit,
+            revision: read.revision,
+            serializable: read.serializable,
+            keys_only: read.part == Part::Keys,
+            count_only: read.part == Part::Count,
+            ..Default::default()
+        }
+    }
+}
+
 /// One connection to one endpoint. Cheap to clone; clones share the connection.
 #[derive(Clone)]
 pub struct Client(Arc<Connection>);
 
 struct Connection {
     endpoint: Endpoint,
+    owner: Owner,
+    own: OwnStore,
     kv: KvClient<Channel>,
     watch: WatchClient<Channel>,
     call_timeout: Duration,
@@ -95,12 +160,21 @@ impl std::fmt::Debug for Client {
 impl Client {
     /// Connects to the first endpoint that answers, in random order.
     pub async fn connect(config: &EtcdConfig, options: &Options) -> Result<Self, ConnectError> {
+        Self::connect_to(Owner::Others, config, options).await
+    }
+
+    /// Connects to the first endpoint of `owner`'s store that answers, in random order.
+    pub(crate) async fn connect_to(
+        owner: Owner,
+        config: &EtcdConfig,
+        options: &Options,
+    ) -> Result<Self, ConnectError> {
         let mut endpoints = config.endpoints.clone();
         endpoints.shuffle(&mut rand::rng());
         let mut result = None;
         for endpoint in endpoints {
             match connect(&endpoint, config, options).await {
-                Ok(channel) => return Ok(Self::on(endpoint, channel, options)),
+                Ok(channel) => return Self::on(owner, endpoint, channel, options).await,
                 Err(error) => result = Some(error),
             }
         }
@@ -114,15 +188,31 @@ impl Client {
         }))
     }
 
-    fn on(endpoint: Endpoint, channel: Channel, options: &Options) -> Self {
+    async fn on(
+        owner: Owner,
+        endpoint: Endpoint,
+        channel: Channel,
+        options: &Options,
+    ) -> Result<Self, ConnectError> {
         let limit = options.message_len_max;
-        Self(Arc::new(Connection {
+        let own = match OwnStore::on(channel.clone(), limit).await {
+            Ok(own) => own,
+            Err(error) => {
+                return Err(ConnectError::Transport {
+                    endpoint,
+                    cause: error.to_string(),
+                });
+            }
+        };
+        Ok(Self(Arc::new(Connection {
             endpoint,
+            owner,
+            own,
             kv: KvClient::new(channel.clone()).max_decoding_message_size(limit),
             watch: WatchClient::new(channel).max_decoding_message_size(limit),
             call_timeout: options.call_timeout,
             message_len_max: limit,
-        }))
+        })))
     }
 
     /// Where it is connected to.
@@ -134,12 +224,9 @@ impl Client {
         CallError::of(status, self.0.message_len_max)
     }
 
-    async fn call<T>(
-        &self,
-        call: impl Future<Output = Result<tonic::Response<T>, Status>>,
-    ) -> Result<T, CallError> {
+    async fn call<T>(&self, call: impl Future<Output = Result<T, Status>>) -> Result<T, CallError> {
         match tokio::time::timeout(self.0.call_timeout, call).await {
-            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Ok(answer)) => Ok(answer),
             Ok(Err(status)) => Err(self.error(status)),
             Err(_) => Err(CallError::Timeout(self.0.call_timeout)),
         }
@@ -148,37 +235,27 @@ impl Client {
     /// Reads a range.
     pub async fn range(&self, request: RangeRequest) -> Result<(Header, RangeResponse), CallError> {
         let mut kv = self.0.kv.clone();
-        let response = self.call(kv.range(request)).await?;
+        let response = self.call(kv.range(request).map_ok(Response::into_inner)).await?;
         let header = header(response.header.as_ref())?;
         Ok((header, response))
     }
 
+    /// Reads a range with the client that fits whose store it is.
+    pub(crate) async fn read(&self, read: &Read) -> Result<(Header, RangeResponse), CallError> {
+        match self.0.owner {
+            Owner::Others => self.range(read.into()).await,
+            Owner::Ourselves => {
+                let response = self.call(self.0.own.read(read)).await?;
+                let header = header(response.header.as_ref())?;
+                Ok((header, response))
+            }
+        }
+    }
+
     /// Writes `ops` in one transaction and returns its revision.
     pub async fn write(&self, ops: &[Op]) -> Result<i64, CallError> {
-        let request = |op: &Op| match op {
-            Op::Put { key, value } => TxnOp::RequestPut(PutRequest {
-                key: key.clone(),
-                value: value.clone(),
-                ..Default::default()
-            }),
-            Op::Delete { key } => TxnOp::RequestDeleteRange(DeleteRangeRequest {
-                key: key.clone(),
-                range_end: Bytes::new(),
-                prev_kv: false,
-            }),
-        };
-        let request = TxnRequest {
-            success: ops
-                .iter()
-                .map(|op| RequestOp {
-                    request: Some(request(op)),
-                })
-                .collect(),
-            ..Default::default()
-        };
-        let mut kv = self.0.kv.clone();
-        let response = self.call(kv.txn(request)).await?;
-        Ok(header(response.header.as_ref())?.revision)
+        let revision = self.call(self.0.own.write(ops)).await?;
+        revision.ok_or(CallError::NoHeader)
     }
 
     /// Opens a stream of watches.
@@ -192,7 +269,7 @@ impl Client {
             .metadata_mut()
             .insert("hasleader", MetadataValue::from_static("true"));
         let mut watch = self.0.watch.clone();
-        self.call(watch.watch(request)).await
+        self.call(watch.watch(request).map_ok(Response::into_inner)).await
     }
 }
 

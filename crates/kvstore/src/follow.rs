@@ -4,7 +4,8 @@
 //! full nothing is read from the upstream, whose flow control then holds it back.
 //!
 //! Invariants: a lost or paused upstream is noticed by HTTP/2 pings, its feeds keep what is known, and the connection is made
-//! again with jittered backoff. The decisions about lists and watches are [`crate::follower`]'s.
+//! again with jittered backoff. The decisions about lists and watches are [`crate::follower`]'s. Which client calls is decided
+//! by whose store it is ([`crate::client`]); what followers are told does not depend on it.
 
 mod calls;
 mod session;
@@ -15,7 +16,7 @@ use isthmus_runtime::{Backoff, CancellationToken, backoff};
 use tokio::sync::{mpsc, watch};
 
 use crate::{
-    client::Client,
+    client::{Client, Owner},
     config::EtcdConfig,
     connect::Options,
     follower::{Change, Feed, Follower, Input},
@@ -122,13 +123,24 @@ pub fn follow(
     feeds: impl IntoIterator<Item = Feed>,
     shutdown: CancellationToken,
 ) -> Follow {
+    follow_in(Owner::Others, config, options, feeds, shutdown)
+}
+
+/// Starts to follow `feeds` in `owner`'s store.
+pub(crate) fn follow_in(
+    owner: Owner,
+    config: EtcdConfig,
+    options: Options,
+    feeds: impl IntoIterator<Item = Feed>,
+    shutdown: CancellationToken,
+) -> Follow {
     let feeds = feeds.into_iter().map(|feed| (feed.name.clone(), feed)).collect();
     let (feeds, wanted) = watch::channel(feeds);
     let (sink, updates) = mpsc::channel(options.queue_len_max.max(1));
     tokio::spawn(async move {
         tokio::select! {
             () = shutdown.cancelled() => {}
-            () = run(config, options, wanted, sink) => {}
+            () = run(owner, config, options, wanted, sink) => {}
         }
     });
     Follow {
@@ -149,6 +161,7 @@ struct Followed {
 }
 
 async fn run(
+    owner: Owner,
     config: EtcdConfig,
     options: Options,
     mut wanted: watch::Receiver<BTreeMap<Arc<str>, Feed>>,
@@ -158,7 +171,7 @@ async fn run(
     let mut backoff = Backoff::new(options.retry_base, options.retry_cap);
     let mut tokens = 0;
     loop {
-        let error = match Client::connect(&config, &options).await {
+        let error = match Client::connect_to(owner, &config, &options).await {
             Err(error) => chain(&error),
             Ok(client) => {
                 let mut session = Session::new(client, &options, &mut followed, &mut tokens, &sink);

@@ -3,6 +3,9 @@
 //! In: an etcd (or a clustermesh-apiserver, which speaks its read API) named by an [`EtcdConfig`]. Out: [`Update`]s over a
 //! bounded channel; transactions that bring the store to the desired content and nothing more.
 //!
+//! The etcd that we write is called through `etcd-client`; watch streams, and what others serve, are read with
+//! `isthmus_proto`'s clients. [`client`] says why. Both share one connection and its TLS.
+//!
 //! Invariants: what is known is never flushed because an upstream went away or began a new history, it is listed again and
 //! compared; a page's revision is pinned for all pages of a list, and the watch begins right after it; an unchanged key is
 //! never written. The decisions ([`follower`], [`plan`]) are pure; the shells around them move bytes.

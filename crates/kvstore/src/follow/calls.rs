@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use isthmus_proto::etcdserverpb::{RangeRequest, RangeResponse};
+use isthmus_proto::etcdserverpb::RangeResponse;
 use tonic::Code;
 
 use crate::{
-    client::{CallError, Client},
+    client::{CallError, Client, Part, Read},
     follower::{Feed, Header},
 };
 
@@ -74,47 +74,48 @@ pub(super) async fn answer(client: &Client, feed: &Feed, call: &Call) -> Result<
             revision,
             page_len,
         } => {
-            let request = RangeRequest {
+            let read = Read {
                 // A single key has no end, and one page.
-                key: start.clone(),
-                range_end: feed.range_end.clone(),
+                start: start.clone(),
+                end: feed.range_end.clone(),
                 limit: *page_len,
                 revision: *revision,
                 // Later pages read a pinned revision, which any member can serve.
                 serializable: *revision != 0,
-                ..Default::default()
+                part: Part::All,
             };
-            let (header, page) = client.range(request).await?;
+            let (header, page) = client.read(&read).await?;
             Ok(Answer::Page(header, page))
         }
         Call::Key { start, revision } => {
-            let request = RangeRequest {
-                key: start.clone(),
-                range_end: feed.range_end.clone(),
+            let read = Read {
+                start: start.clone(),
+                end: feed.range_end.clone(),
                 limit: 1,
                 revision: *revision,
-                keys_only: true,
-                ..Default::default()
+                serializable: false,
+                part: Part::Keys,
             };
-            let (header, page) = client.range(request).await?;
+            let (header, page) = client.read(&read).await?;
             Ok(Answer::Page(header, page))
         }
         Call::Check { key, revision } => {
-            let get = RangeRequest {
-                key: key.clone(),
+            let get = Read {
+                start: key.clone(),
+                end: Bytes::new(),
+                limit: 0,
                 revision: *revision,
-                keys_only: true,
-                ..Default::default()
+                serializable: false,
+                part: Part::Keys,
             };
-            let count = RangeRequest {
-                key: feed.key.clone(),
-                range_end: feed.range_end.clone(),
-                revision: *revision,
-                count_only: true,
-                ..Default::default()
+            let count = Read {
+                start: feed.key.clone(),
+                end: feed.range_end.clone(),
+                part: Part::Count,
+                ..get.clone()
             };
             let ((header, found), (_, counted)) =
-                futures::future::try_join(client.range(get), client.range(count)).await?;
+                futures::future::try_join(client.read(&get), client.read(&count)).await?;
             Ok(Answer::Checked {
                 header,
                 mod_revision: found.kvs.first().map(|kv| kv.mod_revision),

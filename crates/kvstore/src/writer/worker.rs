@@ -1,4 +1,5 @@
-//! The writer's task: follows its own scopes, writes what differs, beats the heart.
+//! The writer's task: follows its own scopes, writes what differs, beats the heart. The store is its own, so it is listed,
+//! compared and written through `etcd-client`; [`crate::client`] says why the watch stream is not.
 
 use std::{
     collections::BTreeSet,
@@ -12,9 +13,9 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use super::{Shared, WriterOptions};
 use crate::{
-    client::{CallError, Client},
+    client::{CallError, Client, Owner},
     config::EtcdConfig,
-    follow::{Update, follow},
+    follow::{Update, follow_in},
     follower::Feed,
     plan::{Limits, Op},
     rfc3339,
@@ -55,7 +56,13 @@ pub(super) async fn run(
         retry: Backoff::new(Duration::from_millis(50), Duration::from_secs(10)),
         not_before: None,
     };
-    let mut follow = follow(config, options.connection, feeds, shutdown.child_token());
+    let mut follow = follow_in(
+        Owner::Ourselves,
+        config,
+        options.connection,
+        feeds,
+        shutdown.child_token(),
+    );
     let mut heartbeat = interval(options.heartbeat.unwrap_or(Duration::from_secs(3600)));
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
