@@ -3,7 +3,8 @@
 //! In: the Lease as it was read, results of writes, the time. Out: what to write, and whether this process leads.
 //!
 //! As in Kubernetes' own election, another holder's clock is never trusted: its lease has expired when *we* have seen it unchanged
-//! for its whole duration. The holder gives up earlier ([`Timing::renew_deadline`] after the start of its last successful write) than
+//! for its whole duration. Unchanged means the same version of the object: a holder whose clock jumps back can write the same content
+//! twice. The holder gives up earlier ([`Timing::renew_deadline`] after the start of its last successful write) than
 //! anybody may take over ([`Timing::lease_duration`]), so two never lead at once.
 
 use std::time::Duration;
@@ -67,8 +68,8 @@ pub enum Role {
 pub struct Election {
     me: String,
     timing: Timing,
-    /// The Lease as last seen, and since when it is so.
-    seen: Option<(Record, Duration)>,
+    /// The Lease as last seen, its version, and since when it is so.
+    seen: Option<(Record, String, Duration)>,
     lead_until: Option<Duration>,
 }
 
@@ -83,14 +84,19 @@ impl Election {
         }
     }
 
-    /// The Lease was read. Returns what to write, if it is ours to write.
-    pub fn on_read(&mut self, now: Duration, wall: Timestamp, lease: Option<Record>) -> Option<Record> {
-        let Some(record) = lease else {
+    /// The Lease was read: its content and version. Returns what to write, if it is ours to write.
+    pub fn on_read(
+        &mut self,
+        now: Duration,
+        wall: Timestamp,
+        lease: Option<(Record, String)>,
+    ) -> Option<Record> {
+        let Some((record, version)) = lease else {
             self.seen = None;
             return Some(self.mine(wall, None));
         };
-        if self.seen.as_ref().is_none_or(|(seen, _)| *seen != record) {
-            self.seen = Some((record.clone(), now));
+        if self.seen.as_ref().is_none_or(|(_, seen, _)| *seen != version) {
+            self.seen = Some((record.clone(), version, now));
         }
         if record.holder == self.me {
             return Some(self.mine(wall, Some(&record)));
@@ -100,10 +106,10 @@ impl Election {
         (record.holder.is_empty() || self.has_expired(now)).then(|| self.mine(wall, Some(&record)))
     }
 
-    /// `record` was written by a request that began at `started`.
-    pub fn on_written(&mut self, started: Duration, record: Record) {
+    /// `record` was written by a request that began at `started`, and has this version now.
+    pub fn on_written(&mut self, started: Duration, record: Record, version: String) {
         self.lead_until = Some(started + self.timing.renew_deadline);
-        self.seen = Some((record, started));
+        self.seen = Some((record, version, started));
     }
 
     /// What this process is now.
@@ -112,7 +118,7 @@ impl Election {
             return Role::Leading;
         }
         match &self.seen {
-            Some((record, _))
+            Some((record, _, _))
                 if !record.holder.is_empty() && record.holder != self.me && !self.has_expired(now) =>
             {
                 Role::Following {
@@ -132,7 +138,7 @@ impl Election {
     pub fn release(&mut self, now: Duration, wall: Timestamp) -> Option<Record> {
         self.lead_until(now)?;
         self.lead_until = None;
-        let (record, _) = self.seen.as_ref()?;
+        let (record, _, _) = self.seen.as_ref()?;
         Some(Record {
             holder: String::new(),
             duration: Duration::from_secs(1),
@@ -145,7 +151,7 @@ impl Election {
     fn has_expired(&self, now: Duration) -> bool {
         self.seen
             .as_ref()
-            .is_some_and(|(record, since)| now >= *since + record.duration)
+            .is_some_and(|(record, _, since)| now >= *since + record.duration)
     }
 
     fn mine(&self, wall: Timestamp, old: Option<&Record>) -> Record {

@@ -36,7 +36,7 @@ const SIDEWAYS: &[(&str, &str)] = &[
     ("isthmus-mesh", "isthmus-model"),
     ("isthmus-kvstore", "isthmus-runtime"),
     ("isthmus-kvstore", "isthmus-tls"),
-    // The watch stream: etcd-client does not show the header of every message.
+    // Other parties' servers are read without copies and without trust in event types; see kvstore/src/client.rs.
     ("isthmus-kvstore", "isthmus-proto"),
     ("isthmus-sandbox", "isthmus-sandbox-kube"),
 ];

@@ -147,12 +147,16 @@ impl Candidate {
         self.version = lease
             .as_ref()
             .and_then(|lease| lease.metadata.resource_version.clone());
-        let record = lease.and_then(|lease| lease.spec).map(|spec| record_of(&spec));
+        let seen = lease.map(|lease| {
+            let record = record_of(&lease.spec.unwrap_or_default());
+            (record, lease.metadata.resource_version.unwrap_or_default())
+        });
         let now = self.now();
-        if let Some(record) = self.election.on_read(now, Timestamp::now(), record) {
+        if let Some(record) = self.election.on_read(now, Timestamp::now(), seen) {
             let started = self.now();
             self.write(&record).await?;
-            self.election.on_written(started, record);
+            let version = self.version.clone().unwrap_or_default();
+            self.election.on_written(started, record, version);
         }
         Ok(())
     }

@@ -18,6 +18,10 @@ fn wall(seconds: u64) -> Timestamp {
     Timestamp::from_second(seconds as i64).unwrap()
 }
 
+fn v(version: u32) -> String {
+    version.to_string()
+}
+
 fn candidate(name: &str) -> Election {
     Election::new(name.to_owned(), TIMING)
 }
@@ -27,11 +31,13 @@ fn a_missing_or_released_lease_is_taken_at_once() {
     let mut a = candidate("a");
     let record = a.on_read(at(0), wall(0), None).unwrap();
     assert_eq!((record.holder.as_str(), record.transitions), ("a", 0));
-    a.on_written(at(0), record);
+    a.on_written(at(0), record, v(1));
     assert_eq!(a.role(at(9)), Role::Leading);
     let released = a.release(at(9), wall(9)).unwrap();
     assert_eq!(a.role(at(9)), Role::Unknown);
-    let taken = candidate("b").on_read(at(9), wall(9), Some(released)).unwrap();
+    let taken = candidate("b")
+        .on_read(at(9), wall(9), Some((released, v(2))))
+        .unwrap();
     assert_eq!((taken.holder.as_str(), taken.transitions), ("b", 1));
 }
 
@@ -39,12 +45,15 @@ fn a_missing_or_released_lease_is_taken_at_once() {
 fn leadership_ends_by_itself_before_another_may_take_over() {
     let (mut a, mut b) = (candidate("a"), candidate("b"));
     let record = a.on_read(at(0), wall(0), None).unwrap();
-    a.on_written(at(0), record.clone());
-    assert_eq!(b.on_read(at(1), wall(1), Some(record.clone())), None);
+    a.on_written(at(0), record.clone(), v(1));
+    assert_eq!(b.on_read(at(1), wall(1), Some((record.clone(), v(1)))), None);
     assert_eq!(b.role(at(1)), Role::Following { holder: "a".into() });
     assert_eq!(a.role(at(10)), Role::Unknown);
-    assert_eq!(b.on_read(at(15), wall(15), Some(record.clone())), None);
-    assert_eq!(b.on_read(at(16), wall(16), Some(record)).unwrap().holder, "b");
+    assert_eq!(b.on_read(at(15), wall(15), Some((record.clone(), v(1)))), None);
+    assert_eq!(
+        b.on_read(at(16), wall(16), Some((record, v(1)))).unwrap().holder,
+        "b"
+    );
     assert_eq!(b.role(at(16)), Role::Unknown, "not before it is written");
 }
 
@@ -58,7 +67,7 @@ fn a_restarted_holder_of_the_same_name_goes_on() {
         renewed: Some(wall(4)),
         transitions: 7,
     };
-    let renewed = a.on_read(at(0), wall(50), Some(record)).unwrap();
+    let renewed = a.on_read(at(0), wall(50), Some((record, v(1)))).unwrap();
     assert_eq!((renewed.acquired, renewed.transitions), (Some(wall(3)), 7));
 }
 
@@ -66,12 +75,12 @@ fn a_restarted_holder_of_the_same_name_goes_on() {
 fn a_lease_that_was_taken_away_ends_leadership() {
     let mut a = candidate("a");
     let record = a.on_read(at(0), wall(0), None).unwrap();
-    a.on_written(at(0), record.clone());
+    a.on_written(at(0), record.clone(), v(1));
     let stolen = Record {
         holder: "b".into(),
         ..record
     };
-    assert_eq!(a.on_read(at(2), wall(2), Some(stolen)), None);
+    assert_eq!(a.on_read(at(2), wall(2), Some((stolen, v(2)))), None);
     assert_eq!(a.role(at(2)), Role::Following { holder: "b".into() });
     assert_eq!(a.release(at(2), wall(2)), None);
 }
@@ -88,15 +97,17 @@ proptest! {
             let clock = Timestamp::from_second(1_000_000 + now as i64 + skew).unwrap();
             let version = lease.as_ref().map(|(_, version)| *version);
             let started = at(now);
-            let step = candidates[who].on_read(at(now), clock, lease.as_ref().map(|(record, _)| record.clone()));
+            let seen = lease.as_ref().map(|(record, version)| (record.clone(), v(*version)));
+            let step = candidates[who].on_read(at(now), clock, seen);
             if let Some(record) = step && fate > 0 {
                 // 1: applied, but the answer is lost. 2: the answer is late.
-                lease = Some((record.clone(), version.unwrap_or(0) + 1));
+                let written = version.unwrap_or(0) + 1;
+                lease = Some((record.clone(), written));
                 if fate == 2 {
                     now += 3;
                 }
                 if fate > 1 {
-                    candidates[who].on_written(started, record);
+                    candidates[who].on_written(started, record, v(written));
                 }
             }
             let leaders = candidates.iter().filter(|c| c.role(at(now)) == Role::Leading).count();
