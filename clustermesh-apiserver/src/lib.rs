@@ -25,7 +25,7 @@ use isthmus_kvstore::{EtcdConfig, Options, follow};
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
 use isthmus_runtime::{CancellationToken, Health, Metrics};
 use isthmus_tls::ServerTls;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::oneshot};
 
 use metrics::{MirrorMetrics, ServerMetrics, StoreMetrics};
 use mirror::MirrorConfig;
@@ -33,6 +33,8 @@ use server::ServerLimits;
 use shared::Shared;
 use store::{HistoryLimits, Store, SubId};
 
+/// Name of the mirror in the health register.
+const MIRROR: &str = "mirror";
 /// How often the store's metrics are set.
 const METRICS_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -155,18 +157,33 @@ impl Bound {
             [source::feed()],
             shutdown.child_token(),
         );
-        let source = tokio::spawn(source::run(followed, shared.clone(), health));
-        let mirror = config.clustermesh_config.clone().map(|directory| {
+        let source = tokio::spawn(source::run(followed, shared.clone(), health.clone()));
+        let mut mirror = None;
+        if let Some(directory) = config.clustermesh_config.clone() {
             let config = MirrorConfig {
                 cluster: config.cluster.clone(),
                 cluster_id: config.cluster_id,
                 max: config.max,
-                directory,
+                directory: directory.clone(),
                 connection: config.connection.clone(),
             };
             let metrics = MirrorMetrics::new(&metrics);
-            tokio::spawn(mirror::run(config, shared.clone(), metrics, shutdown.clone()))
-        });
+            let (looked, first_look) = oneshot::channel();
+            let run = mirror::run(config, shared.clone(), metrics, looked, shutdown.clone());
+            mirror = Some(tokio::spawn(run));
+            // A cluster without a status is none to agents: nobody is answered before each configured one has its status.
+            let why = format!(
+                "waiting to read --clustermesh-config {}; without it agents would take remote clusters for removed",
+                directory.display()
+            );
+            health.set(MIRROR, isthmus_runtime::State::Starting(why));
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                // It ends without a word only with the process.
+                _ = first_look => {}
+            }
+            health.set(MIRROR, isthmus_runtime::State::Ok("mirroring".to_owned()));
+        }
         let measure = tokio::spawn(measure(
             StoreMetrics::new(&metrics),
             config.cluster.clone(),

@@ -3,8 +3,9 @@
 //! In: a directory with a file for each cluster, looked at every second; the remote clusters' API servers. Out: their objects
 //! in the store, each checked here and nowhere else, and a status for each cluster.
 //!
-//! Invariants: a remote cluster that goes away keeps its objects; only the removal of its file drains them. A refused object
-//! changes nothing but a counter.
+//! Invariants: a remote cluster that goes away keeps its objects; only the removal of its file drains them, and a file that
+//! is there but does not read is not removed. Each configured cluster has a status before anybody is served: agents take one
+//! without for removed. A refused object changes nothing but a counter.
 
 pub mod admission;
 pub mod directory;
@@ -12,7 +13,7 @@ pub mod remote;
 pub mod translate;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Arc, Mutex},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -21,7 +22,11 @@ use std::{
 use isthmus_kvstore::{EtcdConfig, Options, follow};
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
 use isthmus_runtime::CancellationToken;
-use tokio::{sync::watch, task::JoinHandle};
+use isthmus_wire::{keys::REMOTE_STATUS, status::RemoteStatus};
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
 
 use crate::{metrics::MirrorMetrics, shared::Shared};
 use admission::ClusterIds;
@@ -29,6 +34,8 @@ use remote::Remote;
 
 /// How often the directory is looked at.
 const SCAN_INTERVAL: Duration = Duration::from_secs(1);
+/// Looks in a row that must miss a file before it counts as removed: a directory is not replaced in one step.
+const MISSES_MAX: u32 = 2;
 /// How often statuses are written while something changes.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// Updates taken in one go.
@@ -52,12 +59,22 @@ pub struct MirrorConfig {
 struct Running {
     text: String,
     config: watch::Sender<EtcdConfig>,
+    /// What is wrong with its file now; empty if nothing is.
+    complaint: watch::Sender<String>,
     removed: CancellationToken,
     task: JoinHandle<()>,
 }
 
-/// Runs until `shutdown`. State stays as it is then: a restart is not a removal.
-pub async fn run(config: MirrorConfig, shared: Shared, metrics: MirrorMetrics, shutdown: CancellationToken) {
+/// Runs until `shutdown`. State stays as it is then: a restart is not a removal. `looked` hears of the first look at the
+/// directory that succeeded, when every cluster that has a file has a status.
+pub async fn run(
+    config: MirrorConfig,
+    shared: Shared,
+    metrics: MirrorMetrics,
+    looked: oneshot::Sender<()>,
+    shutdown: CancellationToken,
+) {
+    let mut looked = Some(looked);
     let mut mirror = Mirror {
         ids: Arc::new(Mutex::new(ClusterIds::new(config.cluster_id))),
         config,
@@ -65,10 +82,17 @@ pub async fn run(config: MirrorConfig, shared: Shared, metrics: MirrorMetrics, s
         metrics,
         shutdown,
         running: BTreeMap::new(),
+        unusable: BTreeSet::new(),
+        misses: BTreeMap::new(),
         complaints: BTreeMap::new(),
     };
     loop {
-        mirror.scan().await;
+        if mirror.scan().await
+            && let Some(looked) = looked.take()
+        {
+            // Who waited may be gone: then the process ends.
+            let _ = looked.send(());
+        }
         tokio::select! {
             () = mirror.shutdown.cancelled() => break,
             () = tokio::time::sleep(SCAN_INTERVAL) => {}
@@ -87,36 +111,27 @@ struct Mirror {
     metrics: MirrorMetrics,
     shutdown: CancellationToken,
     running: BTreeMap<ClusterName, Running>,
+    /// Clusters with a file that was never usable: they have a status and nothing else.
+    unusable: BTreeSet<ClusterName>,
+    /// Clusters whose file was missing, and for how many looks.
+    misses: BTreeMap<ClusterName, u32>,
     /// By file name, so that each is logged once.
     complaints: BTreeMap<String, String>,
 }
 
 impl Mirror {
-    /// Brings what runs into line with the directory.
-    async fn scan(&mut self) {
+    /// Brings what runs into line with the directory. False if it cannot be read.
+    async fn scan(&mut self) -> bool {
         let directory = &self.config.directory;
-        let complaints = match directory::scan(directory, &self.config.cluster) {
+        let scan = directory::scan(directory, &self.config.cluster);
+        let readable = scan.is_ok();
+        let complaints = match scan {
             // A failing directory changes nothing: an unmounted volume is not the removal of every cluster.
             Err(error) => {
                 let complaint = format!("cannot read it: {error}");
                 BTreeMap::from([(directory.display().to_string(), complaint)])
             }
-            Ok(scan) => {
-                let mut complaints = scan.complaints;
-                self.remove_all_but(&scan.files).await;
-                for (name, text) in scan.files {
-                    match EtcdConfig::parse(&text) {
-                        Ok(etcd) => self.set(name, text, etcd),
-                        Err(error) => {
-                            let error: &dyn std::error::Error = &error;
-                            let source = error.source().map(|source| format!(": {source}"));
-                            complaints
-                                .insert(name.to_string(), format!("{error}{}", source.unwrap_or_default()));
-                        }
-                    }
-                }
-                complaints
-            }
+            Ok(scan) => self.on_scan(scan).await,
         };
         for (file, complaint) in &complaints {
             if self.complaints.get(file) != Some(complaint) {
@@ -129,16 +144,77 @@ impl Mirror {
         }
         self.complaints = complaints;
         self.metrics.remote_clusters.set(self.running.len() as i64);
+        readable
     }
 
-    async fn remove_all_but(&mut self, files: &BTreeMap<ClusterName, String>) {
+    async fn on_scan(&mut self, scan: directory::Scan) -> BTreeMap<String, String> {
+        let mut complaints = scan.complaints;
+        self.remove_missing(|name| scan.files.contains_key(name) || scan.others.contains(name))
+            .await;
+        for (name, text) in scan.files {
+            match EtcdConfig::parse(&text) {
+                Ok(etcd) => self.set(name, text, etcd),
+                Err(error) => {
+                    let error: &dyn std::error::Error = &error;
+                    let source = error.source().map(|source| format!(": {source}"));
+                    let complaint = format!("{error}{}", source.unwrap_or_default());
+                    self.complain(&name, &complaint);
+                    complaints.insert(name.to_string(), complaint);
+                }
+            }
+        }
+        for name in scan.others {
+            if self.running.contains_key(&name) || self.unusable.contains(&name) {
+                let complaint = "it names no endpoints, or cannot be read";
+                self.complain(&name, complaint);
+                complaints.insert(name.to_string(), complaint.to_owned());
+            }
+        }
+        complaints
+    }
+
+    /// Tells agents that a cluster's file is not usable. What was configured before goes on.
+    fn complain(&mut self, name: &ClusterName, complaint: &str) {
+        let text = format!("its file in --clustermesh-config is not usable: {complaint}");
+        match self.running.get(name) {
+            Some(running) => {
+                running.complaint.send_if_modified(|before| {
+                    let changed = *before != text;
+                    *before = text;
+                    changed
+                });
+            }
+            None => {
+                self.unusable.insert(name.clone());
+                let status = RemoteStatus {
+                    name: name.to_string(),
+                    status: text,
+                    ..Default::default()
+                };
+                let key = format!("{REMOTE_STATUS}{name}");
+                self.shared
+                    .update(|store| store.put_local(key.into(), status.encode().into()));
+            }
+        }
+    }
+
+    async fn remove_missing(&mut self, there: impl Fn(&ClusterName) -> bool) {
+        self.misses.retain(|name, _| !there(name));
+        for name in self.running.keys().chain(&self.unusable) {
+            if !there(name) {
+                *self.misses.entry(name.clone()).or_default() += 1;
+            }
+        }
         let gone: Vec<ClusterName> = self
-            .running
-            .keys()
-            .filter(|name| !files.contains_key(*name))
-            .cloned()
+            .misses
+            .extract_if(.., |_, misses| *misses >= MISSES_MAX)
+            .map(|(name, _)| name)
             .collect();
         for name in gone {
+            if self.unusable.remove(&name) {
+                let key = format!("{REMOTE_STATUS}{name}");
+                self.shared.update(|store| store.delete_local(key.as_bytes()));
+            }
             if let Some(gone) = self.running.remove(&name) {
                 tracing::info!(cluster = %name, "the cluster's file is gone; removing its state");
                 gone.removed.cancel();
@@ -151,6 +227,11 @@ impl Mirror {
 
     fn set(&mut self, name: ClusterName, text: String, etcd: EtcdConfig) {
         if let Some(known) = self.running.get_mut(&name) {
+            known.complaint.send_if_modified(|before| {
+                let changed = !before.is_empty();
+                before.clear();
+                changed
+            });
             if known.text != text {
                 tracing::info!(cluster = %name, "the cluster's file changed; connecting anew");
                 known.text = text;
@@ -160,8 +241,9 @@ impl Mirror {
         }
         tracing::info!(cluster = %name, "mirroring a remote cluster");
         let (config, receiver) = watch::channel(etcd);
+        let (complaint, complaints) = watch::channel(String::new());
         let removed = CancellationToken::new();
-        let task = Task {
+        let mut task = Task {
             remote: Remote::new(name.clone(), self.config.max),
             shared: self.shared.clone(),
             ids: self.ids.clone(),
@@ -170,10 +252,14 @@ impl Mirror {
             removed: removed.clone(),
             shutdown: self.shutdown.clone(),
         };
-        let task = tokio::spawn(task.run(receiver));
+        // Here, not in the task: the look is over when each cluster has a status.
+        task.with(|remote, store, ids| remote.start(store, ids));
+        self.unusable.remove(&name);
+        let task = tokio::spawn(task.run(receiver, complaints));
         let running = Running {
             text,
             config,
+            complaint,
             removed,
             task,
         };
@@ -192,8 +278,7 @@ struct Task {
 }
 
 impl Task {
-    async fn run(mut self, mut config: watch::Receiver<EtcdConfig>) {
-        self.with(|remote, store, ids| remote.start(store, ids));
+    async fn run(mut self, mut config: watch::Receiver<EtcdConfig>, mut complaints: watch::Receiver<String>) {
         let mut ticker = tokio::time::interval(STATUS_INTERVAL);
         ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -214,7 +299,15 @@ impl Task {
                         // The directory task ends only with the process.
                         Err(_) => return,
                     },
-                    _ = ticker.tick() => self.with(|remote, store, ids| remote.on_tick(store, ids)),
+                    changed = complaints.changed() => {
+                        if changed.is_err() {
+                            return;
+                        }
+                        let complaint = complaints.borrow_and_update().clone();
+                        self.with(|remote, store, _| remote.on_complaint(store, complaint, now_ms()));
+                        Vec::new()
+                    }
+                    _ = ticker.tick() => self.with(|remote, store, ids| remote.on_tick(store, ids, now_ms())),
                     update = follow.updates.recv() => match update {
                         None => return,
                         Some(update) => {

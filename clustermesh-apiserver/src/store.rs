@@ -183,6 +183,20 @@ impl Store {
         }
     }
 
+    /// Whether `range` asks for one kind of a configured remote cluster that was not read in full yet. Its content is not
+    /// known then, which is another thing than empty: a reader that knew more before must not take it for gone.
+    pub fn is_incomplete(&self, range: &isthmus_tls::rights::KeyRange) -> bool {
+        let Some(id) = route::remote_of(range, &self.own) else {
+            return false;
+        };
+        let SubId::Remote(cluster, _) = &id else {
+            return false;
+        };
+        let configured = format!("{}{cluster}", isthmus_wire::keys::REMOTE_STATUS);
+        let listed = self.subs.get(&id).is_some_and(|sub| sub.listed);
+        !listed && self.local.contains_key(configured.as_bytes())
+    }
+
     // Changes of sources.
 
     /// Takes in changes of a source, in revision order; `revision` says that everything up to it is in.

@@ -1,6 +1,10 @@
 //! The directory of cluster files, as Cilium mounts it: a file for each cluster, named like it, beside keys and certificates.
 
-use std::{collections::BTreeMap, fs, io, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::Path,
+};
 
 use isthmus_model::ClusterName;
 
@@ -14,6 +18,9 @@ const ENTRIES_MAX: usize = 4096;
 pub struct Scan {
     /// Text of each cluster's file. The own cluster's is left out: charts give every cluster the same directory.
     pub files: BTreeMap<ClusterName, String>,
+    /// Names of files that could be a cluster's and have no text of one now: never a cluster's file, or one that is being
+    /// written or cannot be read at the moment.
+    pub others: BTreeSet<ClusterName>,
     /// Files that are meant for a cluster and cannot be used, by file name.
     pub complaints: BTreeMap<String, String>,
 }
@@ -28,31 +35,31 @@ pub fn scan(directory: &Path, own: &ClusterName) -> io::Result<Scan> {
         if name.starts_with('.') {
             continue;
         }
-        // Follows symbolic links, which is how Secrets are mounted.
-        let Ok(metadata) = fs::metadata(entry.path()) else {
-            continue;
-        };
-        if !metadata.is_file() || metadata.len() > FILE_LEN_MAX {
-            continue;
-        }
-        // Not text, or gone between the two calls: no cluster file now; the next look decides anew.
-        let Ok(text) = fs::read_to_string(entry.path()) else {
-            continue;
-        };
-        if !text.contains("endpoints:") {
-            continue;
-        }
-        match ClusterName::new(&name) {
-            Err(error) => {
-                scan.complaints.insert(name, error.to_string());
-            }
-            Ok(name) if name == *own => {}
-            Ok(name) => {
+        let text = read(&entry.path()).filter(|text| text.contains("endpoints:"));
+        match (ClusterName::new(&name), text) {
+            (Ok(name), _) if name == *own => {}
+            (Ok(name), Some(text)) => {
                 scan.files.insert(name, text);
             }
+            (Ok(name), None) => {
+                scan.others.insert(name);
+            }
+            (Err(error), Some(_)) => {
+                scan.complaints.insert(name, error.to_string());
+            }
+            (Err(_), None) => {}
         }
     }
     Ok(scan)
+}
+
+/// A file's text. Follows symbolic links, which is how Secrets are mounted.
+fn read(path: &Path) -> Option<String> {
+    let metadata = fs::metadata(path).ok()?;
+    if !metadata.is_file() || metadata.len() > FILE_LEN_MAX {
+        return None;
+    }
+    fs::read_to_string(path).ok()
 }
 
 #[cfg(test)]
@@ -80,6 +87,11 @@ mod tests {
         assert_eq!(
             scan.files.keys().map(ClusterName::as_str).collect::<Vec<_>>(),
             ["c2", "c5"]
+        );
+        assert_eq!(
+            scan.others.iter().map(ClusterName::as_str).collect::<Vec<_>>(),
+            ["c4", "c6", "notes"],
+            "there, but not a cluster's now"
         );
         assert_eq!(scan.complaints.keys().collect::<Vec<_>>(), ["C3"]);
         assert!(super::scan(&directory.path().join("absent"), &own).is_err());

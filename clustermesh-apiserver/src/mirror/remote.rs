@@ -73,10 +73,14 @@ pub struct Remote {
     /// By the name of the feed.
     kinds: BTreeMap<Arc<str>, (Kind, Mirrored)>,
     heartbeat: Option<Bytes>,
+    /// Since when the next one is waited for, Unix milliseconds; `None` before the first connection.
+    heartbeat_due_ms: Option<u64>,
     logged: BTreeSet<Bytes>,
     /// Why it is not admitted, or what fails; the connection's error comes first.
     problem: String,
     connection_error: String,
+    /// What is wrong with its file.
+    complaint: String,
     status: RemoteStatus,
     written: Option<RemoteStatus>,
     /// Counters that were not exported yet.
@@ -100,9 +104,11 @@ impl Remote {
             live: BTreeSet::new(),
             kinds: BTreeMap::new(),
             heartbeat: None,
+            heartbeat_due_ms: None,
             logged: BTreeSet::new(),
             problem: String::new(),
             connection_error: "connecting".to_owned(),
+            complaint: String::new(),
             written: None,
             new_failures: 0,
             new_refusals: BTreeMap::new(),
@@ -191,15 +197,19 @@ impl Remote {
             }
             Update::Synced { feed, .. } => {
                 self.connection_error.clear();
+                if &*feed == HEARTBEAT && self.heartbeat_due_ms.is_none() {
+                    self.heartbeat_due_ms = Some(now_ms);
+                }
                 self.live.insert(feed);
             }
         }
         self.settle(store);
-        self.refresh(store);
+        self.refresh(store, now_ms);
         let urgent = |status: &RemoteStatus| {
             (
                 status.connected,
                 status.ready,
+                status.stale,
                 status.status.clone(),
                 status.cluster_id,
             )
@@ -210,13 +220,20 @@ impl Remote {
         changes
     }
 
+    /// What is wrong with its file, or an empty text.
+    pub fn on_complaint(&mut self, store: &mut Store, complaint: String, now_ms: u64) {
+        self.complaint = complaint;
+        self.refresh(store, now_ms);
+        self.write_status(store);
+    }
+
     /// To be called about once a second: writes the status if it changed, and asks again for what is not admitted.
-    pub fn on_tick(&mut self, store: &mut Store, ids: &mut ClusterIds) -> Vec<FeedChange> {
+    pub fn on_tick(&mut self, store: &mut Store, ids: &mut ClusterIds, now_ms: u64) -> Vec<FeedChange> {
         let changes = match (&self.config, &self.admitted) {
             (Some(_), None) => self.judge(store, ids),
             _ => Vec::new(),
         };
-        self.refresh(store);
+        self.refresh(store, now_ms);
         self.write_status(store);
         changes
     }
@@ -250,6 +267,7 @@ impl Remote {
             {
                 // A copy: the value is a slice of its message.
                 self.heartbeat = Some(Bytes::copy_from_slice(&value));
+                self.heartbeat_due_ms = Some(now_ms);
                 self.status.heartbeat_seen_ms = now_ms;
             }
         }
@@ -487,3 +505,6 @@ fn wanted(admitted: &Admitted) -> Vec<Kind> {
 fn feed(kind: Kind, border: &Border) -> Feed {
     Feed::prefix(border.prefix(), kind.value_len_max())
 }
+
+#[cfg(test)]
+mod tests;

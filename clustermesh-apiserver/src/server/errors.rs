@@ -25,6 +25,11 @@ pub fn no_leader() -> Status {
     Status::unavailable("etcdserver: no leader")
 }
 
+/// A remote cluster that was not read in full yet. Concerns these keys only, so it is no reason to connect elsewhere.
+pub fn incomplete() -> Status {
+    Status::failed_precondition("the remote cluster was not read in full yet since this server's start")
+}
+
 /// This process ends. Clients resume their watches elsewhere from their own revisions.
 pub fn stopped() -> Status {
     Status::unavailable("etcdserver: server stopped")

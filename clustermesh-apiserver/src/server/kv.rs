@@ -23,10 +23,12 @@ impl Kv {
     ) -> Result<Result<RangeResponse, RangeError>, Status> {
         self.0.shared.read(|store| {
             let route = store.route(range);
-            if store.is_served(&route) {
-                Ok(store.range(&route, request))
-            } else {
+            if !store.is_served(&route) {
                 Err(errors::no_leader())
+            } else if store.is_incomplete(range) {
+                Err(errors::incomplete())
+            } else {
+                Ok(store.range(&route, request))
             }
         })
     }

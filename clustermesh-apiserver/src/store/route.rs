@@ -55,6 +55,16 @@ pub(super) fn sub_of(key: &[u8], own: &ClusterName) -> Option<SubId> {
     (own_marks || !special).then_some(SubId::Own)
 }
 
+/// The mirrored kind within which all of `range` lies, if there is one.
+pub(super) fn remote_of(range: &KeyRange, own: &ClusterName) -> Option<SubId> {
+    let id = sub_of(range.start(), own)?;
+    let SubId::Remote(cluster, kind) = &id else {
+        return None;
+    };
+    let prefix = KeyRange::prefix(&format!("{}{cluster}/", cache_prefix(*kind)));
+    range.lies_in(&prefix).then_some(id)
+}
+
 /// The view that serves `range`; `exists` tells which sub-stores there are.
 pub(super) fn route(range: &KeyRange, own: &ClusterName, exists: impl Fn(&SubId) -> bool) -> Route {
     let Some(id) = sub_of(range.start(), own) else {

@@ -11,5 +11,6 @@ mod clusters;
 mod lab;
 mod mirror;
 mod reads;
+mod restart;
 mod rights;
 mod survive;

@@ -16,6 +16,8 @@ pub struct RemoteStatus {
     pub connected: bool,
     /// Config accepted and every prefix listed once since the start of the mirror.
     pub ready: bool,
+    /// It answers, but its heartbeat has stopped: what it says may be old.
+    pub stale: bool,
     /// Why it is refused or failing; empty when all is well. For people.
     pub status: String,
     /// ID from the remote's cluster config, 0 if unknown.

@@ -1,7 +1,10 @@
 //! What a remote cluster's mirror says about itself: to agents and people by its status, to Prometheus by metrics.
 
 use bytes::Bytes;
-use isthmus_wire::{Refusal, keys::REMOTE_STATUS};
+use isthmus_wire::{
+    Refusal,
+    keys::{HEARTBEAT, REMOTE_STATUS},
+};
 
 use super::{Remote, kind_name, wanted};
 use crate::{
@@ -11,6 +14,11 @@ use crate::{
 
 /// Refused keys that are remembered so that each is logged once.
 const LOGGED_MAX: usize = 10_000;
+/// A heartbeat that is older is late: Cilium writes it once a minute, we every ten seconds.
+const HEARTBEAT_AGE_MAX_MS: u64 = 120_000;
+/// What a stopped heart means. Without an age: a status that changes every second is sent every second.
+const STALE: &str = "it answers, but its heartbeat has stopped for more than 2 min: its operator does not write, or its \
+                     API server has lost its etcd; what is known of it stays in use";
 /// Refusals shown in the status.
 const LAST_REFUSALS_MAX: usize = 10;
 
@@ -41,8 +49,18 @@ impl Remote {
         }
     }
 
-    pub(super) fn refresh(&mut self, store: &Store) {
+    /// Whether the heart of a remote cluster that answers has stopped. Of one that does not answer that is known anyway.
+    fn is_stale(&self, now_ms: u64) -> bool {
+        let waited = self
+            .heartbeat_due_ms
+            .map_or(0, |since| now_ms.saturating_sub(since));
+        self.live.contains(HEARTBEAT) && waited > HEARTBEAT_AGE_MAX_MS
+    }
+
+    pub(super) fn refresh(&mut self, store: &Store, now_ms: u64) {
+        let stale = self.is_stale(now_ms);
         let status = &mut self.status;
+        status.stale = stale;
         status.objects.clear();
         status.synced.clear();
         let wanted = self.admitted.as_ref().map(wanted).unwrap_or_default();
@@ -74,7 +92,14 @@ impl Remote {
                 format!("waiting for {}", missing.join(", "))
             }
         };
-        let texts = [self.connection_error.clone(), self.problem.clone(), waiting()];
+        let stale = if stale { STALE } else { "" };
+        let texts = [
+            self.connection_error.clone(),
+            self.problem.clone(),
+            stale.to_owned(),
+            self.complaint.clone(),
+            waiting(),
+        ];
         status.status = texts
             .into_iter()
             .find(|text| !text.is_empty())
@@ -95,7 +120,7 @@ impl Remote {
         let target = Target {
             target_cluster: self.cluster.to_string(),
         };
-        let ready = self.status.connected && self.status.ready;
+        let ready = self.status.connected && self.status.ready && !self.status.stale;
         metrics.readiness.get_or_create(&target).set(ready.into());
         if self.new_failures > 0 {
             metrics

@@ -29,6 +29,9 @@ use crate::{
 /// Requests that wait for the watch stream: at most one create, and cancels.
 const REQUESTS_MAX: usize = 1024;
 
+/// A feed that is refused is asked for again after this time at most: the upstream answers, so asking is cheap.
+const FEED_RETRY_CAP: Duration = Duration::from_secs(5);
+
 /// How a session ended.
 pub(super) enum End {
     ConsumerGone,
@@ -154,7 +157,10 @@ impl<'a> Session<'a> {
                 follower: Follower::new(feed),
                 token: *self.tokens,
                 page_len: self.options.page_len.max(1),
-                backoff: Backoff::new(self.options.retry_base, self.options.retry_cap),
+                backoff: Backoff::new(
+                    self.options.retry_base,
+                    self.options.retry_cap.min(FEED_RETRY_CAP),
+                ),
             };
             self.followed.insert(name.clone(), followed);
             self.input(&name, Input::Connected).await?;

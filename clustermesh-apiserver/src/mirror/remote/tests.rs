@@ -1,0 +1,91 @@
+use isthmus_model::ClusterId;
+
+use super::*;
+use crate::store::HistoryLimits;
+
+struct World {
+    store: Store,
+    ids: ClusterIds,
+    remote: Remote,
+}
+
+impl World {
+    fn new() -> Self {
+        let limits = HistoryLimits::default();
+        let max = MaxConnectedClusters::C255;
+        Self {
+            store: Store::new(ClusterName::new("c1").unwrap(), 5, limits, limits),
+            ids: ClusterIds::new(ClusterId::new(1, max).unwrap()),
+            remote: Remote::new(ClusterName::new("c2").unwrap(), max),
+        }
+    }
+
+    fn on(&mut self, update: Update, now_ms: u64) -> Vec<FeedChange> {
+        self.remote.on(&mut self.store, &mut self.ids, update, now_ms)
+    }
+
+    fn beat(&mut self, value: &'static str, now_ms: u64) {
+        let change = Change::Put {
+            key: HEARTBEAT.into(),
+            value: value.into(),
+            create_revision: 1,
+            mod_revision: 1,
+            version: 1,
+        };
+        let update = Update::Changes {
+            feed: HEARTBEAT.into(),
+            revision: 1,
+            changes: vec![change],
+        };
+        self.on(update, now_ms);
+    }
+
+    fn synced(&mut self, feed: &str, now_ms: u64) {
+        let update = Update::Synced {
+            feed: feed.into(),
+            cluster_id: 9,
+            revision: 1,
+        };
+        self.on(update, now_ms);
+    }
+
+    fn at(&mut self, now_ms: u64) -> &RemoteStatus {
+        self.remote.on_tick(&mut self.store, &mut self.ids, now_ms);
+        &self.remote.status
+    }
+}
+
+#[test]
+fn a_stopped_heart_is_told_of_while_the_connection_stands() {
+    let mut world = World::new();
+    world.beat("1", 1_000);
+    world.synced(HEARTBEAT, 1_000);
+    assert!(!world.at(121_000).stale);
+    let status = world.at(121_001);
+    assert!(status.stale && status.status.contains("heartbeat"), "{status:?}");
+    assert_eq!(status.heartbeat_seen_ms, 1_000);
+
+    // The same value again, from a server that started again with its etcd still away.
+    world.on(
+        Update::Disconnected {
+            error: "gone".to_owned(),
+        },
+        130_000,
+    );
+    let status = world.at(130_000);
+    assert!(!status.stale && status.status == "gone", "{status:?}");
+    world.beat("1", 131_000);
+    world.synced(HEARTBEAT, 131_000);
+    assert!(world.at(131_000).stale);
+    world.beat("2", 140_000);
+    assert!(!world.at(140_000).stale);
+}
+
+#[test]
+fn a_heart_that_never_beat_is_told_of_too() {
+    let mut world = World::new();
+    assert!(!world.at(1_000_000).stale, "no connection yet");
+    world.synced(HEARTBEAT, 1_000_000);
+    assert!(!world.at(1_120_000).stale);
+    assert!(world.at(1_120_001).stale);
+}
