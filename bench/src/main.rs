@@ -1,9 +1,11 @@
 //! Benchmarks beside a peer, in one run: `cargo xtask bench NAME [--json]`.
 
 mod failover;
+mod fanout;
 mod figure;
 mod mapfill;
 mod merge;
+mod servers;
 
 use std::process::ExitCode;
 
@@ -22,6 +24,9 @@ struct Args {
     /// Changes that `failover` measures.
     #[arg(long, default_value_t = 200)]
     changes: usize,
+    /// Watchers of `fanout`.
+    #[arg(long, default_value_t = 500)]
+    watchers: usize,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -32,6 +37,8 @@ enum Name {
     Merge,
     /// 1,000,000 ipcache entries into the kernel (needs root).
     Mapfill,
+    /// Watch events from the API server to 500 TLS watchers: CPU, memory, latency (needs etcd).
+    Fanout,
 }
 
 fn main() -> ExitCode {
@@ -40,6 +47,7 @@ fn main() -> ExitCode {
         Name::Failover => failover::run(args.changes),
         Name::Merge => merge::run(),
         Name::Mapfill => mapfill::run(),
+        Name::Fanout => fanout::run(args.watchers),
     };
     match figures {
         Ok(figures) => {
