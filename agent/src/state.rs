@@ -4,7 +4,7 @@
 //! at the start. Out: [`FeedChange`]s (what to follow), [`Plan`]s (what to write), and answers for people.
 //!
 //! The decisions are made in smaller cores: what to follow in [`sources`](crate::sources), what bytes mean in
-//! [`decode`](crate::decode), what to program in `isthmus-mesh`. Here they are put together:
+//! [`decode`], what to program in `isthmus-mesh`. Here they are put together:
 //!
 //! ```text
 //!     bytes -> decode -> Object -> LoadBalancer, Ipcache, Routes, endpoints -> Plan

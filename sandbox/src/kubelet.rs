@@ -3,7 +3,7 @@
 //! In: pods bound to the node (list and watch), the node's network readiness (the CNI plugin's STATUS).
 //! Out: processes in namespaces and cgroups, the pods' status, the node's object and its Lease.
 //!
-//! Pure: [`lifecycle`] (what to do next), [`probe`] (what probes mean), [`env`] (environments and command lines), [`spec`] (what a pod asks for),
+//! Pure: [`lifecycle`] (what to do next), [`probe`] (what probes mean), [`mod@env`] (environments and command lines), [`spec`] (what a pod asks for),
 //! [`status`] (what the API shows). Shell: [`node`], [`worker`], [`container`], [`network`], [`prober`], [`logs`], [`pods`].
 //!
 //! What differs from a kubelet, on purpose: images are ignored, a container's command runs from the machine's own file

@@ -43,7 +43,7 @@ pub struct ServeArgs {
 /// Flags of the client.
 #[derive(Clone, Debug, clap::Args)]
 pub struct LoadArgs {
-    /// Address and port, for example 10.101.0.7:80 or [fd00:96::7]:80.
+    /// Address and port, for example `10.101.0.7:80` or `[fd00:96::7]:80`.
     #[arg(long)]
     pub target: SocketAddr,
     /// Ask with datagrams instead of a new connection each time.

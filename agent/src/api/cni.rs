@@ -1,4 +1,4 @@
-//! The CNI plugin's calls: reads the messages, asks the [`keeper`](crate::endpoints::keeper), writes the answers.
+//! The CNI plugin's calls: reads the messages, asks the [`keeper`], writes the answers.
 //!
 //! Codes: INVALID_ARGUMENT (the message is wrong), UNAVAILABLE (try again later), RESOURCE_EXHAUSTED (no address left),
 //! NOT_FOUND (no allocation), FAILED_PRECONDITION (check found a difference), INTERNAL (kernel or disk).

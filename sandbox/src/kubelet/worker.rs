@@ -1,6 +1,6 @@
-//! Carries out one pod's life: asks [`lifecycle`](super::lifecycle) what to do, does it, and shows the result.
+//! Carries out one pod's life: asks [`super::lifecycle`] what to do, does it, and shows the result.
 //!
-//! One task owns the pod's state. What takes time runs in tasks of its own and comes back as a [`Happening`]; each
+//! One task owns the pod's state. What takes time runs in tasks of its own and comes back as a `Happening`; each
 //! carries the number of the container's run, so that what belongs to an earlier run is ignored. The status is written
 //! before and after the actions that follow from a happening: a container that ended is unready at once, even if it
 //! is started again right away.
