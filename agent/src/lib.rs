@@ -86,6 +86,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let (targets_in, targets_out) = watch::channel(Default::default());
     let (verdicts_in, verdicts_out) = watch::channel(Arc::from([]));
     let (network_in, network_out) = watch::channel(Network::NotReady("the agent starts".to_owned()));
+    let (pods_in, pods_out) = watch::channel(Err("the agent starts".to_owned()));
     let (calls_in, calls_out) = mpsc::channel(keeper::REQUESTS_MAX);
     let (to_rounds, endpoints_for_rounds) = mpsc::channel(16);
     let (to_network, endpoints_for_network) = mpsc::channel(16);
@@ -94,9 +95,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let store = Store::new(&config.places.state_dir)?;
     let sinks = Sinks(vec![to_rounds, to_network]);
     let (restored, dump) = {
-        let (datapath, network) = (Arc::clone(&datapath), network_out.clone());
+        let datapath = Arc::clone(&datapath);
+        let gates = keeper::Gates {
+            network: network_out.clone(),
+            pods: pods_out,
+        };
         tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
-            let keeper = Keeper::restore(store, Arc::clone(&datapath), network, sinks)?;
+            let keeper = Keeper::restore(store, Arc::clone(&datapath), gates, sinks)?;
             let dump = rounds::dump(&datapath).context("cannot read the maps of a former agent")?;
             Ok((keeper, dump))
         })
@@ -111,6 +116,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         "datapath is taken over; nothing is removed before the upstream is read"
     );
     let local_endpoints = restored.list();
+    let fresh = dump.lb.services.is_empty() && dump.ipcache.is_empty() && dump.endpoints.is_empty();
+    pods_in.send_if_modified(|pods| {
+        if !fresh {
+            *pods = Ok(());
+        }
+        !fresh
+    });
     let mut state = State::new(
         state::Identity {
             cluster: config.cluster.clone(),
@@ -129,6 +141,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         probes: config.health_port.map(|_| vec![]),
         sync_timeout: config.sync_timeout,
         remotes_passed: false,
+        fresh,
         compare_error: None,
     };
 
@@ -194,6 +207,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
             node: node_in,
             cidrs: cidrs_in,
             targets: targets_in,
+            pods: pods_in,
             health,
             metrics,
         },

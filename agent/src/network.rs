@@ -4,7 +4,8 @@
 //! be made ([`Network`]). One task; each pass compares everything wanted with everything there. Between two full passes
 //! "there" is what the last pass left, so that a new pod costs two netlink calls and not a dump of all routes.
 //!
-//! Invariant: before every cluster's nodes are listed no route into the overlay is removed.
+//! Invariant: before every cluster's nodes are listed, of the routes into the overlay only those that this process made are
+//! removed: others may be an earlier agent's, to nodes that nobody has told of yet.
 
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
@@ -90,6 +91,8 @@ struct Task {
     waiting: Vec<oneshot::Sender<()>>,
     /// What the last pass left; `None` asks for a full pass.
     left: Option<Left>,
+    /// Destinations in the overlay that were wanted at some time.
+    known: BTreeSet<(IpAddr, u8)>,
 }
 
 /// What a pass left in the kernel.
@@ -116,6 +119,7 @@ pub async fn run(
         endpoints,
         waiting: vec![],
         left: None,
+        known: BTreeSet::new(),
     };
     let mut retry = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
     loop {
@@ -207,8 +211,14 @@ impl Task {
         let mut plan = routes::plan(&actual, &wanted);
         if overlay.is_none() || !cidrs.complete {
             let local: BTreeSet<u32> = self.endpoints.iter().filter_map(ifindex).collect();
-            plan.remove
-                .retain(|route| is_host(route) && local.contains(&route.ifindex));
+            plan.remove.retain(|route| {
+                let withdrawn = overlay.is_some() && self.known.contains(&destination(route));
+                withdrawn || is_host(route) && local.contains(&route.ifindex)
+            });
+        }
+        if let Some((_, vxlan_ifindex)) = overlay {
+            let routes = wanted.iter().filter(|route| route.ifindex == vxlan_ifindex);
+            self.known.extend(routes.map(destination));
         }
         let mut errors = routes::apply(&self.netlink, &plan).await;
         if let Some(first) = errors.pop() {
@@ -220,6 +230,11 @@ impl Task {
             .filter(|route| !replaced.contains(&destination(route)) && !plan.remove.contains(route))
             .collect();
         routes.extend(plan.put);
+        if overlay.is_some() {
+            // What is gone need not be remembered.
+            let there: BTreeSet<_> = routes.iter().map(destination).collect();
+            self.known.retain(|known| there.contains(known));
+        }
         let network = match (node, &set_up) {
             (Ok(_), Some((_, _, mtu))) => Network::Ready { mtu: *mtu },
             (Err(why), _) => Network::NotReady(why.clone()),

@@ -109,6 +109,8 @@ pub struct Outputs {
     pub cidrs: watch::Sender<Arc<RemoteCidrs>>,
     /// Whom to probe.
     pub targets: watch::Sender<ProbeTargets>,
+    /// Whether pods may start here, or why not.
+    pub pods: watch::Sender<Result<(), String>>,
     /// Readiness.
     pub health: Health,
     /// Metrics.
@@ -252,7 +254,7 @@ impl Rounds {
         self.change_feeds(changes);
     }
 
-    fn change_feeds(&self, changes: Vec<FeedChange>) {
+    fn change_feeds(&mut self, changes: Vec<FeedChange>) {
         for change in changes {
             match change {
                 FeedChange::Add {
@@ -263,7 +265,13 @@ impl Rounds {
                     let feed = Feed::prefix(&prefix, value_len_max);
                     self.outputs.feeds.add(Feed { name, ..feed });
                 }
-                FeedChange::Remove(name) => self.outputs.feeds.remove(&name),
+                FeedChange::Remove(name) => {
+                    let refused = &mut self.facts.upstream.refused_feed;
+                    if refused.as_ref().is_some_and(|(feed, _)| **feed == *name) {
+                        *refused = None;
+                    }
+                    self.outputs.feeds.remove(&name);
+                }
             }
         }
     }
@@ -414,6 +422,12 @@ impl Rounds {
         for subsystem in status::subsystems(&self.facts, now) {
             self.outputs.health.set(subsystem.name, subsystem.health);
         }
+        let pods = status::pods_pass(&self.facts, now);
+        self.outputs.pods.send_if_modified(|before| {
+            let changed = *before != pods;
+            *before = pods;
+            changed
+        });
     }
 }
 

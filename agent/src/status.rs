@@ -61,6 +61,8 @@ pub struct Facts {
     pub sync_timeout: Duration,
     /// Remote clusters were waited for long enough, once and for all.
     pub remotes_passed: bool,
+    /// The maps were empty at the start: no earlier agent's view is there to work on.
+    pub fresh: bool,
     /// Full passes that failed since the last one that did not, and why.
     pub compare_error: Option<String>,
 }
@@ -127,7 +129,6 @@ pub fn subsystems(facts: &Facts, now: Duration) -> Vec<Subsystem> {
 
 /// Whether readiness need not wait for remote clusters (any more).
 pub fn remotes_pass(facts: &Facts, now: Duration) -> bool {
-    let expected = |remote: &&RemoteView| remote.is_connected() && remote.refused.is_none();
     let own = facts.state.own().is_some_and(|own| own.applied);
     // Before the list of clusters is complete nobody knows whom to wait for.
     let listed = facts.state.is_listed();
@@ -137,9 +138,21 @@ pub fn remotes_pass(facts: &Facts, now: Duration) -> bool {
             .state
             .remotes()
             .iter()
-            .filter(expected)
+            .filter(|remote| remote.is_awaited())
             .all(RemoteView::is_applied);
     facts.remotes_passed || done || (own && now >= facts.sync_timeout)
+}
+
+/// Whether pods may start on this node, or why not. On a new node they would not reach what lives in remote clusters only
+/// before the view of those is in the maps; after a restart the earlier view is there.
+pub fn pods_pass(facts: &Facts, now: Duration) -> Result<(), String> {
+    if !facts.fresh || facts.remotes_passed {
+        return Ok(());
+    }
+    match clustermesh(facts, now) {
+        Health::Starting(why) => Err(format!("the view of the remote clusters is not complete: {why}")),
+        _ => Ok(()),
+    }
 }
 
 fn kvstore(facts: &Facts, now: Duration) -> Health {
@@ -166,7 +179,10 @@ fn kvstore(facts: &Facts, now: Duration) -> Health {
     }
     let connected = format!("connected to {} for {}", upstream.endpoint, seconds(since));
     match upstream.heartbeat_at.map(|at| now.saturating_sub(at)) {
-        None => Health::Ok(format!("{connected}, no heartbeat seen")),
+        None if since > HEARTBEAT_AGE_MAX => Health::Degraded(format!(
+            "{connected}, and no heartbeat was seen: the operator does not write, or the API server does not follow"
+        )),
+        None => Health::Ok(format!("{connected}, waiting for the first heartbeat")),
         Some(age) if age > HEARTBEAT_AGE_MAX => Health::Degraded(format!(
             "{connected}, but the last heartbeat is {} old: the operator does not write, or the API server does not follow",
             seconds(age)
@@ -375,6 +391,77 @@ fn seconds(duration: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn facts() -> Facts {
+        let max = isthmus_model::MaxConnectedClusters::C255;
+        let identity = crate::state::Identity {
+            cluster: isthmus_model::ClusterName::new("c1").unwrap(),
+            cluster_id: isthmus_model::ClusterId::new(1, max).unwrap(),
+            max,
+            node: "n1".into(),
+        };
+        Facts {
+            state: State::new(identity, crate::state::MapDump::default()),
+            upstream: Upstream::default(),
+            progress: Progress::default(),
+            network: Network::Ready { mtu: 1450 },
+            probes: None,
+            sync_timeout: Duration::from_secs(60),
+            remotes_passed: false,
+            fresh: true,
+            compare_error: None,
+        }
+    }
+
+    #[test]
+    fn pods_wait_on_a_new_node_and_not_after_a_restart() {
+        let mut facts = facts();
+        let now = Duration::from_secs(5);
+        let why = pods_pass(&facts, now).unwrap_err();
+        assert!(why.contains("remote clusters"), "{why}");
+        // The own cluster is not there either: no timeout makes up for it.
+        assert!(pods_pass(&facts, Duration::from_secs(600)).is_err());
+        facts.remotes_passed = true;
+        assert_eq!(pods_pass(&facts, now), Ok(()));
+        facts.remotes_passed = false;
+        facts.fresh = false;
+        assert_eq!(pods_pass(&facts, now), Ok(()));
+    }
+
+    #[test]
+    fn a_heart_that_is_not_heard_degrades() {
+        let mut facts = facts();
+        facts.upstream.connected = true;
+        let at = |facts: &Facts, seconds| kvstore(facts, Duration::from_secs(seconds));
+        assert!(matches!(at(&facts, 120), Health::Ok(_)));
+        assert!(matches!(at(&facts, 121), Health::Degraded(_)));
+        facts.upstream.heartbeat_at = Some(Duration::from_secs(100));
+        assert!(matches!(at(&facts, 220), Health::Ok(_)));
+        assert!(matches!(at(&facts, 221), Health::Degraded(_)));
+    }
+
+    #[test]
+    fn a_remote_cluster_is_awaited_until_its_first_try_has_failed() {
+        let mut remote = RemoteView {
+            name: isthmus_model::ClusterName::new("c2").unwrap(),
+            cluster: None,
+            status: Some(Default::default()),
+            refused: None,
+            config_gone: false,
+            nodes: 0,
+        };
+        let mut with = |connected, num_failures| {
+            remote.status = Some(isthmus_wire::status::RemoteStatus {
+                connected,
+                num_failures,
+                ..Default::default()
+            });
+            remote.is_awaited()
+        };
+        assert!(with(false, 0), "the mirror began a moment ago");
+        assert!(with(true, 3));
+        assert!(!with(false, 1));
+    }
 
     #[test]
     fn long_lists_are_cut() {

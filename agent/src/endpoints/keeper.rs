@@ -126,6 +126,15 @@ pub struct Usage {
     pub pools: Vec<(&'static str, usize, usize)>,
 }
 
+/// What a new endpoint waits for.
+#[derive(Clone, Debug)]
+pub struct Gates {
+    /// Devices and routes.
+    pub network: watch::Receiver<Network>,
+    /// The view of the clusters; an error says what is missing.
+    pub pods: watch::Receiver<Result<(), String>>,
+}
+
 /// The task's state.
 #[derive(Debug)]
 pub struct Keeper {
@@ -133,7 +142,7 @@ pub struct Keeper {
     cidrs: (Option<Ipv4Net>, Option<Ipv6Net>),
     store: Store,
     datapath: Arc<Datapath>,
-    network: watch::Receiver<Network>,
+    gates: Gates,
     sinks: Sinks,
     /// The file lacks the last change.
     unsaved: bool,
@@ -145,7 +154,7 @@ impl Keeper {
     pub fn restore(
         store: Store,
         datapath: Arc<Datapath>,
-        network: watch::Receiver<Network>,
+        gates: Gates,
         sinks: Sinks,
     ) -> Result<Self, StoreError> {
         let saved = match store.load()? {
@@ -199,7 +208,7 @@ impl Keeper {
             cidrs: (None, None),
             store,
             datapath,
-            network,
+            gates,
             sinks,
             unsaved: !gone.is_empty() || !left_out.is_empty(),
         })
@@ -273,10 +282,12 @@ impl Keeper {
     }
 
     fn ready(&self) -> Result<u32, KeeperError> {
-        match &*self.network.borrow() {
-            Network::Ready { mtu } => Ok(*mtu),
-            Network::NotReady(why) => Err(KeeperError::NotReady(why.clone())),
-        }
+        let mtu = match &*self.gates.network.borrow() {
+            Network::Ready { mtu } => *mtu,
+            Network::NotReady(why) => return Err(KeeperError::NotReady(why.clone())),
+        };
+        self.gates.pods.borrow().clone().map_err(KeeperError::NotReady)?;
+        Ok(mtu)
     }
 
     fn status(&self) -> Result<(), KeeperError> {

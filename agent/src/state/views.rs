@@ -54,12 +54,19 @@ impl RemoteView {
         self.status.as_ref().is_none_or(|status| status.connected)
     }
 
-    /// Connected, accepted, listed in full, and written to this node's maps.
+    /// Whether a node that starts waits for it: it answers, or the first try to reach it is not over. A mirror that began
+    /// a moment ago has not reached anybody yet.
+    pub fn is_awaited(&self) -> bool {
+        let tried = self.status.as_ref().is_some_and(|status| status.num_failures > 0);
+        self.refused.is_none() && (self.is_connected() || !tried)
+    }
+
+    /// Connected, alive, accepted, listed in full, and written to this node's maps.
     pub fn is_ready(&self) -> bool {
         let mirrored = self
             .status
             .as_ref()
-            .is_none_or(|status| status.connected && status.ready);
+            .is_none_or(|status| status.connected && status.ready && !status.stale);
         mirrored && !self.config_gone && self.refused.is_none() && self.is_applied()
     }
 

@@ -1,3 +1,5 @@
+//! A remote cluster step by step, without a connection.
+
 use isthmus_model::ClusterId;
 
 use super::*;
