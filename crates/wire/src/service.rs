@@ -331,7 +331,7 @@ mod tests {
             ("10.1.0.21", "fe80::1%eth0", "malformed_field"),
             (
                 "\"TCP\",\"Port\":8080",
-                "\"XXX\",\"Port\":8080",
+                "\"ICMP\",\"Port\":8080",
                 "malformed_field",
             ),
             ("8080", "70000", "malformed"),
