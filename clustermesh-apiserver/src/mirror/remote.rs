@@ -54,6 +54,7 @@ pub enum FeedChange {
 }
 
 struct Mirrored {
+    feed: Feed,
     border: Border,
     sub: SubId,
     ingest: Ingest,
@@ -70,6 +71,8 @@ pub struct Remote {
     canaries: BTreeSet<String>,
     /// Feeds that are in step with the remote on this connection.
     live: BTreeSet<Arc<str>>,
+    /// Numbers feeds: one that is dropped and begun again by the same name would go on where it was, and not be listed.
+    feeds_made: u64,
     /// By the name of the feed.
     kinds: BTreeMap<Arc<str>, (Kind, Mirrored)>,
     heartbeat: Option<Bytes>,
@@ -102,6 +105,7 @@ impl Remote {
             admitted: None,
             canaries: BTreeSet::new(),
             live: BTreeSet::new(),
+            feeds_made: 0,
             kinds: BTreeMap::new(),
             heartbeat: None,
             heartbeat_due_ms: None,
@@ -122,11 +126,7 @@ impl Remote {
             Feed::prefix(HEARTBEAT, VALUE_LEN_MAX),
             Feed::prefix(&self.synced_prefix(), VALUE_LEN_MAX),
         ];
-        feeds.extend(
-            self.kinds
-                .values()
-                .map(|(kind, mirrored)| feed(*kind, &mirrored.border)),
-        );
+        feeds.extend(self.kinds.values().map(|(_, mirrored)| mirrored.feed.clone()));
         feeds
     }
 
@@ -254,6 +254,7 @@ impl Remote {
             .into_iter()
             .map(|(name, (_, mirrored))| {
                 store.remove_sub(&mirrored.sub);
+                self.live.remove(&name);
                 FeedChange::Remove(name)
             })
             .collect()
@@ -340,6 +341,7 @@ impl Remote {
                 if let Some(canary) = keys::canary(&self.cluster, kind, Scope::Cache) {
                     store.delete_local(canary.as_bytes());
                 }
+                self.live.remove(&name);
                 changes.push(FeedChange::Remove(name));
             }
         }
@@ -383,13 +385,18 @@ impl Remote {
             let Some(border) = Border::new(kind, admitted.scope, &self.cluster, admitted.id, self.max) else {
                 continue;
             };
-            let feed = feed(kind, &border);
-            if self.kinds.contains_key(&feed.name) {
+            if self.kinds.values().any(|(known, _)| *known == kind) {
                 continue;
             }
+            self.feeds_made += 1;
+            let feed = Feed {
+                name: format!("{}#{}", border.prefix(), self.feeds_made).into(),
+                ..Feed::prefix(border.prefix(), kind.value_len_max())
+            };
             let sub = SubId::Remote(self.cluster.clone(), kind);
             store.add_sub(sub.clone());
             let mirrored = Mirrored {
+                feed: feed.clone(),
                 border,
                 sub,
                 ingest: Ingest::default(),
@@ -500,10 +507,6 @@ fn wanted(admitted: &Admitted) -> Vec<Kind> {
         .into_iter()
         .filter(|kind| slices || !matches!(kind, Kind::Frames | Kind::Slices))
         .collect()
-}
-
-fn feed(kind: Kind, border: &Border) -> Feed {
-    Feed::prefix(border.prefix(), kind.value_len_max())
 }
 
 #[cfg(test)]

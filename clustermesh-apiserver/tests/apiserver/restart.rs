@@ -107,3 +107,27 @@ async fn a_cluster_file_that_turns_bad_is_no_removal_also_at_a_restart() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_remote_cluster_that_changes_its_id_is_drained_and_read_anew() {
+    let pki = Pki::new();
+    let (a, mut b) = pair(&pki).await;
+    a.until(&pki, "b", "ready", |status| status.ready && status.connected)
+        .await;
+    exact(&a, &b, &pki, &Kind::ALL).await;
+    // Its old identities are outside of the new range; they go first, as its operator would do.
+    for kind in [Kind::Identities, Kind::Ip] {
+        for stored in b.writer().stored(&b.key(kind, "")) {
+            b.writer().delete(&stored.key);
+        }
+    }
+    b.id = 3;
+    b.publish().await;
+    let status = a
+        .until(&pki, "b", "ready with its new ID", |status| {
+            status.cluster_id == 3 && status.ready && status.objects.values().all(|count| *count == 1)
+        })
+        .await;
+    assert_eq!(status.objects.len(), 6, "{status:?}");
+    exact(&a, &b, &pki, &Kind::ALL).await;
+}
