@@ -266,10 +266,7 @@ impl Rounds {
                     self.outputs.feeds.add(Feed { name, ..feed });
                 }
                 FeedChange::Remove(name) => {
-                    let refused = &mut self.facts.upstream.refused_feed;
-                    if refused.as_ref().is_some_and(|(feed, _)| **feed == *name) {
-                        *refused = None;
-                    }
+                    self.facts.upstream.refused_feeds.remove(&*name);
                     self.outputs.feeds.remove(&name);
                 }
             }

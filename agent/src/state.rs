@@ -227,6 +227,11 @@ impl State {
             .collect()
     }
 
+    /// Whether events of this feed count.
+    pub fn is_followed(&self, feed: &str) -> bool {
+        self.feeds.contains_key(feed)
+    }
+
     /// Takes in what happened.
     pub fn on(&mut self, event: Event<'_>) -> Vec<FeedChange> {
         match event {

@@ -7,7 +7,7 @@
 //! cluster's content to be in the maps, and, bounded by a timeout, for that of every remote cluster that is connected.
 //! What was ready once degrades; it does not become unready, since the datapath goes on with what it has.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use isthmus_mesh::reconcile::Progress;
 use isthmus_runtime::State as Health;
@@ -40,8 +40,8 @@ pub struct Upstream {
     pub heard_at: Option<Duration>,
     /// When the own cluster's heartbeat was last seen to change.
     pub heartbeat_at: Option<Duration>,
-    /// A feed that is refused, and why.
-    pub refused_feed: Option<(String, String)>,
+    /// Feeds that are refused, and why.
+    pub refused_feeds: BTreeMap<String, String>,
 }
 
 /// Everything that a status is made from.
@@ -174,8 +174,16 @@ fn kvstore(facts: &Facts, now: Duration) -> Health {
             )),
         };
     }
-    if let Some((feed, error)) = &upstream.refused_feed {
-        return Health::Degraded(format!("cannot read {feed}: {error}"));
+    if let Some((feed, error)) = upstream.refused_feeds.first_key_value() {
+        let more = match upstream.refused_feeds.len() - 1 {
+            0 => String::new(),
+            more => format!(" (and {more} more)"),
+        };
+        // The part after the mark is of no interest to people: it tells two feeds of one prefix apart.
+        let prefix = feed.split('#').next().unwrap_or_default();
+        return Health::Degraded(format!(
+            "cannot read {prefix}{more}, what is known stays: {error}"
+        ));
     }
     let connected = format!("connected to {} for {}", upstream.endpoint, seconds(since));
     match upstream.heartbeat_at.map(|at| now.saturating_sub(at)) {

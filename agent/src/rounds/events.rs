@@ -44,24 +44,15 @@ impl Rounds {
                 upstream.error = error;
             }
             Update::Failed { feed, error } => {
-                if upstream
-                    .refused_feed
-                    .as_ref()
-                    .is_none_or(|(known, _)| **known != *feed)
-                {
+                // One that was removed meanwhile would stay refused for ever.
+                if self.facts.state.is_followed(&feed) && upstream.refused_feeds.get(&*feed) != Some(&error) {
                     tracing::warn!(feed = &*feed, error, "the clustermesh-apiserver refuses a feed");
+                    upstream.refused_feeds.insert(feed.to_string(), error);
                 }
-                upstream.refused_feed = Some((feed.to_string(), error));
             }
             Update::Listing { .. } | Update::Listed { .. } => {}
             Update::Synced { feed, .. } => {
-                if upstream
-                    .refused_feed
-                    .as_ref()
-                    .is_some_and(|(refused, _)| **refused == *feed)
-                {
-                    upstream.refused_feed = None;
-                }
+                upstream.refused_feeds.remove(&*feed);
                 self.on(Event::Synced { feed: &feed });
             }
             Update::Changes { feed, changes, .. } => {
