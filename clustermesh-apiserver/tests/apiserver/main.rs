@@ -14,3 +14,4 @@ mod reads;
 mod restart;
 mod rights;
 mod survive;
+mod writer;

@@ -65,6 +65,23 @@ pub enum CallError {
 }
 
 impl CallError {
+    /// Whether the same request would be refused again, however often and wherever it is sent.
+    pub(crate) fn is_about_the_request(&self) -> bool {
+        match self {
+            Self::TooLarge(_) => true,
+            // etcd's own limit, and gRPC's. A full database is not about the request.
+            Self::Other {
+                code: Code::InvalidArgument,
+                ..
+            } => true,
+            Self::Other {
+                code: Code::ResourceExhausted,
+                message,
+            } => message.contains("larger than max"),
+            _ => false,
+        }
+    }
+
     fn of(status: Status, message_len_max: usize) -> Self {
         let text = status.message();
         match status.code() {

@@ -29,6 +29,8 @@ pub(super) struct Content {
     /// Keys that were put by this process and are not desired any more.
     dropped: BTreeSet<Bytes>,
     dirty: BTreeSet<Bytes>,
+    /// Desired keys whose value is too large, here or for the store.
+    refused: BTreeSet<Bytes>,
     generation: u64,
 }
 
@@ -41,6 +43,7 @@ impl Content {
             actual: BTreeMap::new(),
             dropped: BTreeSet::new(),
             dirty: BTreeSet::new(),
+            refused: BTreeSet::new(),
             generation: 0,
         }
     }
@@ -51,6 +54,10 @@ impl Content {
 
     pub(super) fn pending(&self) -> usize {
         self.dirty.len()
+    }
+
+    pub(super) fn refused(&self) -> usize {
+        self.refused.len()
     }
 
     /// Returns whether there may be something to write.
@@ -64,6 +71,7 @@ impl Content {
         }
         self.generation += 1;
         self.dropped.remove(&key);
+        self.refused.remove(&key);
         self.desired.insert(key.clone(), value);
         self.dirty.insert(key);
         true
@@ -75,6 +83,7 @@ impl Content {
             return false;
         };
         self.generation += 1;
+        self.refused.remove(&key);
         self.dropped.insert(key.clone());
         self.dirty.insert(key);
         true
@@ -163,6 +172,11 @@ impl Content {
         self.dirty.extend(ops.into_iter().map(|op| op.key().clone()));
     }
 
+    /// The store does not take it, and would not if it were asked again. The key keeps the value that the store has.
+    pub(super) fn on_refused(&mut self, op: Op) {
+        self.refused.insert(op.key().clone());
+    }
+
     fn set_actual(&mut self, key: Bytes, value: Bytes, mod_revision: i64) {
         // One copy of an equal value is enough, and ours does not keep a whole message alive.
         let (key, value) = match self.desired.get_key_value(&key) {
@@ -193,7 +207,9 @@ impl Content {
                         .iter()
                         .any(|prefix| key.starts_with(prefix.as_bytes())))
         };
-        plan_writes(&actual, &desired, may_delete, limits)
+        let plan = plan_writes(&actual, &desired, may_delete, limits);
+        self.refused.extend(plan.refused.iter().cloned());
+        plan
     }
 }
 
@@ -252,6 +268,31 @@ mod tests {
         content.on_untrusted("a/");
         content.on_change(put("a/1", "restored", 2));
         assert_eq!(txns(&mut content).len(), 1);
+    }
+
+    #[test]
+    fn refused_keys_are_counted_until_their_value_changes() {
+        let mut content = Content::new(vec!["a/".into()]);
+        let limits = Limits {
+            value: 3,
+            ..Limits::default()
+        };
+        content.put("a/1".into(), "large".into());
+        content.put("a/2".into(), "x".into());
+        assert_eq!(content.take_plan(limits).txns.len(), 1);
+        assert_eq!(content.refused(), 1);
+        // Looked at again after a list, and still one.
+        content.on_listed();
+        content.take_plan(limits);
+        assert_eq!(content.refused(), 1);
+        content.put("a/1".into(), "y".into());
+        assert_eq!(content.refused(), 0);
+        content.on_refused(Op::Put {
+            key: "a/1".into(),
+            value: "y".into(),
+        });
+        content.delete(b"a/1");
+        assert_eq!(content.refused(), 0);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! compared and written through `etcd-client`; [`crate::client`] says why the watch stream is not.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, VecDeque},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -35,6 +35,8 @@ struct Worker {
     retry: Backoff,
     /// No write before this time.
     not_before: Option<Instant>,
+    /// The heart has beaten on this connection.
+    beaten: bool,
 }
 
 pub(super) async fn run(
@@ -55,6 +57,7 @@ pub(super) async fn run(
         unlisted: feeds.iter().map(|feed| feed.name.clone()).collect(),
         retry: Backoff::new(Duration::from_millis(50), Duration::from_secs(10)),
         not_before: None,
+        beaten: false,
     };
     let mut follow = follow_in(
         Owner::Ourselves,
@@ -67,6 +70,10 @@ pub(super) async fn run(
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         worker.write(&shutdown).await;
+        if options.heartbeat.is_some() && worker.beat_is_due() {
+            worker.beat().await;
+            heartbeat.reset();
+        }
         let not_before = worker.not_before;
         let retry = async {
             match not_before {
@@ -102,6 +109,7 @@ impl Worker {
         match update {
             Update::Connected { client } => {
                 self.client = Some(client);
+                self.beaten = false;
                 self.shared.status.send_modify(|status| status.connected = true);
             }
             Update::Disconnected { error } => {
@@ -146,15 +154,11 @@ impl Worker {
             let mut content = self.shared.content();
             (content.take_plan(self.limits), content.generation())
         };
-        if !plan.refused.is_empty() {
-            for key in &plan.refused {
-                tracing::warn!(key = %String::from_utf8_lossy(key), limit = self.limits.value, "value is too large for etcd; not written");
-            }
-            let refused = plan.refused.len();
-            self.shared.status.send_modify(|status| status.refused += refused);
+        for key in &plan.refused {
+            tracing::warn!(key = %String::from_utf8_lossy(key), limit = self.limits.value, "value is too large for etcd; not written");
         }
-        let mut txns = plan.txns.into_iter();
-        while let Some(ops) = txns.next() {
+        let mut txns = VecDeque::from(plan.txns);
+        while let Some(mut ops) = txns.pop_front() {
             let result = tokio::select! {
                 () = shutdown.cancelled() => return,
                 result = client.write(&ops) => result,
@@ -166,20 +170,36 @@ impl Worker {
                     self.shared.content().on_written(&ops, revision);
                     self.shared.status.send_modify(|status| status.writes += written);
                 }
+                // Sent again it would be refused again, and hold up everything behind it: look for the key that it is about.
+                Err(error) if error.is_about_the_request() && ops.len() > 1 => {
+                    let half = ops.split_off(ops.len() / 2);
+                    txns.push_front(half);
+                    txns.push_front(ops);
+                }
+                Err(error) if error.is_about_the_request() => {
+                    for op in ops {
+                        tracing::warn!(key = %String::from_utf8_lossy(op.key()), error = &error as &dyn std::error::Error, "etcd refuses this key; not written until its value changes");
+                        self.shared.content().on_refused(op);
+                    }
+                    self.fail(error.to_string());
+                }
                 Err(error) => {
                     tracing::warn!(
                         error = &error as &dyn std::error::Error,
                         "writing to etcd failed; trying again"
                     );
-                    self.on_write_error(error, ops.into_iter().chain(txns.flatten()));
+                    self.on_write_error(error, ops.into_iter().chain(txns.into_iter().flatten()));
                     return;
                 }
             }
         }
-        let pending = self.shared.content().pending();
+        let (pending, refused) = {
+            let content = self.shared.content();
+            (content.pending(), content.refused())
+        };
         self.shared.status.send_if_modified(|status| {
-            let changed = status.pending != pending;
-            status.pending = pending;
+            let changed = (status.pending, status.refused) != (pending, refused);
+            (status.pending, status.refused) = (pending, refused);
             changed
         });
         self.shared.settled.send_if_modified(|settled| {
@@ -200,7 +220,13 @@ impl Worker {
         self.shared.status.send_modify(|status| status.pending = pending);
     }
 
-    async fn beat(&self) {
+    /// The first one on a connection does not wait: readers that see none doubt that anybody writes.
+    fn beat_is_due(&self) -> bool {
+        self.client.is_some() && self.unlisted.is_empty() && !self.beaten
+    }
+
+    async fn beat(&mut self) {
+        self.beaten = true;
         let Some(client) = &self.client else { return };
         if !self.unlisted.is_empty() {
             return;
