@@ -57,7 +57,7 @@ pub fn quick() -> Options {
         connect_timeout: Duration::from_secs(2),
         call_timeout: Duration::from_secs(5),
         keep_alive_interval: Duration::from_millis(200),
-        keep_alive_timeout: Duration::from_millis(500),
+        keep_alive_timeout: Duration::from_millis(1500),
         retry_cap: Duration::from_millis(300),
         ..Options::default()
     }
