@@ -48,6 +48,9 @@ use crate::{
 /// Numbers beyond what the maps hold, so that a freed one rests before it is used again.
 const ID_LIMIT_FACTOR: u32 = 4;
 
+/// Numbers, each with its cluster, by address, port and protocol.
+type Loose = HashMap<(Address, u16, u8), Vec<(u32, u16)>>;
+
 /// The merge of services. See the module.
 #[derive(Debug)]
 pub struct LoadBalancer {
@@ -70,7 +73,7 @@ pub struct LoadBalancer {
     /// Frontends that nobody claims any more, still in the map.
     unclaimed: Vec<u32>,
     /// Restored backends that no slot names, by what they are, until a group needs them.
-    loose: HashMap<(Address, u16, u8), Vec<u32>>,
+    loose: Loose,
     /// Restored keys that no lookup can reach, or that we did not write: to be deleted by the next drain.
     debris: Vec<ServiceKey>,
     /// Failure domains that frontends moved between, or that became one.

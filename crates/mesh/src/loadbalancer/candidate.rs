@@ -62,6 +62,8 @@ pub(super) const DIRTY: u8 = 4;
 /// The entry in the backend map may differ.
 pub(super) const CHANGED: u8 = 8;
 pub(super) const CONFLICT: u8 = 16;
+/// Restored, and now named as unusable: the last resort as long as a source that may name a better one is not listed.
+pub(super) const HELD: u8 = 32;
 
 impl Keyed for Candidate {
     type Key = (Address, u16);
@@ -82,7 +84,7 @@ impl Candidate {
 
     /// Whether it belongs into the backend map.
     pub(super) const fn alive(&self) -> bool {
-        self.is(GHOST) || !matches!(self.class, Class::Unusable)
+        self.is(GHOST) || self.is(HELD) || !matches!(self.class, Class::Unusable)
     }
 
     pub(crate) const fn has_slot(&self) -> bool {

@@ -5,10 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use hashbrown::HashMap;
 use isthmus_bpf_abi::{Address, Backend, ServiceKey, ServiceValue};
 
-use super::{LoadBalancer, candidate::Context};
+use super::{LoadBalancer, Loose, candidate::Context};
 use crate::{LbDump, MapOp, Plan};
 
 /// Operations by phase.
@@ -106,6 +105,10 @@ impl LoadBalancer {
     fn drain_group(&mut self, number: u32, phases: &mut Phases) -> bool {
         if !self.groups[number].filled {
             self.fill_group(number);
+            // It is being drained: what goes now needs no other turn.
+            self.groups[number].queued = true;
+            self.drop_stale_ghosts(number);
+            self.groups[number].queued = false;
         }
         let Self {
             groups,
@@ -227,7 +230,7 @@ impl LoadBalancer {
     /// Restored backends that no slot named, and that no source has named yet, are left alone.
     pub fn audit(&self, actual: &LbDump) -> Plan {
         let mut desired = self.desired();
-        let loose: BTreeSet<u32> = self.loose.values().flatten().copied().collect();
+        let loose: BTreeSet<u32> = self.loose.values().flatten().map(|(id, _)| *id).collect();
         let kept = actual.backends.iter().filter(|(id, _)| loose.contains(id));
         desired.backends.extend(kept.copied());
         plan_maps(actual, &desired)
@@ -235,13 +238,13 @@ impl LoadBalancer {
 }
 
 /// The lowest number that an earlier agent gave to this backend, if one is left over.
-fn take_loose(loose: &mut HashMap<(Address, u16, u8), Vec<u32>>, what: (Address, u16, u8)) -> Option<u32> {
+fn take_loose(loose: &mut Loose, what: (Address, u16, u8)) -> Option<u32> {
     let ids = loose.get_mut(&what)?;
-    let id = ids.pop();
+    let taken = ids.pop();
     if ids.is_empty() {
         loose.remove(&what);
     }
-    id
+    taken.map(|(id, _)| id)
 }
 
 fn orphan(ids: Vec<u32>, domain: u32, phases: &mut Phases) {

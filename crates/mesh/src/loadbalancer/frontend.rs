@@ -222,7 +222,7 @@ impl LoadBalancer {
         self.enqueue(number);
     }
 
-    /// Drops ghosts of which it is known by now that no source names them.
+    /// Drops ghosts of which it is known by now that no source names them. Of a group without its slices that is not known.
     pub(super) fn drop_stale_ghosts(&mut self, number: u32) {
         let Self {
             groups,
@@ -234,7 +234,9 @@ impl LoadBalancer {
             ..
         } = self;
         let group = &mut groups[number];
-        let Some(service) = group.service else { return };
+        let Some(service) = group.service.filter(|_| group.filled) else {
+            return;
+        };
         let global = services[service].local.as_ref().is_some_and(|frame| frame.global);
         let context = Context {
             local: *local,
@@ -244,6 +246,9 @@ impl LoadBalancer {
         group.drop_ghosts(context, |cluster| {
             sync.complete(cluster) || (cluster != *local && !global)
         });
+        if sync.complete(*local) && (!global || sync.all_complete()) {
+            group.release_held();
+        }
         if group.has_changes() {
             self.enqueue(number);
         }
@@ -275,10 +280,16 @@ impl LoadBalancer {
         for number in self.groups.keys().collect::<Vec<_>>() {
             self.drop_stale_ghosts(number);
         }
-        if self.sync.all_complete() {
-            let mut loose: Vec<u32> = self.loose.drain().flat_map(|(_, ids)| ids).collect();
-            loose.sort_unstable();
-            self.spare.extend(loose.into_iter().map(|id| (id, 0)));
+        // Nobody will name them: without the local cluster's frames no service asks, and its own cluster has told all.
+        if self.sync.complete(self.local) {
+            let mut stale = Vec::new();
+            let sync = &self.sync;
+            self.loose.retain(|_, ids| {
+                stale.extend(ids.extract_if(.., |(_, cluster)| sync.complete(*cluster)));
+                !ids.is_empty()
+            });
+            stale.sort_unstable();
+            self.spare.extend(stale.into_iter().map(|(id, _)| (id, 0)));
         }
     }
 

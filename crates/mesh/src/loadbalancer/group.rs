@@ -10,7 +10,7 @@ use isthmus_bpf_abi::{Address, Backend, backend_state};
 use isthmus_model::Affinity;
 
 use super::{
-    candidate::{CHANGED, CONFLICT, Candidate, Context, DIRTY, GHOST, NO_SLOT, View, WRITTEN},
+    candidate::{CHANGED, CONFLICT, Candidate, Context, DIRTY, GHOST, HELD, NO_SLOT, View, WRITTEN},
     record::GroupPort,
     select::{Class, Counts, Tier, TierSet, select},
 };
@@ -43,6 +43,10 @@ pub(crate) struct Group {
     /// Candidate of slot `index + 1`.
     pub(crate) slots: Vec<u32>,
     pub(crate) ghosts: u32,
+    /// Restored backends that are the last resort, see [`HELD`].
+    held: u32,
+    /// They have slots, as of the last drain.
+    last_resort: bool,
     pub(crate) conflicts: u32,
     /// Has its service's slices; else the next drain hands them over.
     pub(crate) filled: bool,
@@ -80,6 +84,8 @@ impl Group {
             candidates: Indexed::new(),
             slots: Vec::new(),
             ghosts: 0,
+            held: 0,
+            last_resort: false,
             conflicts: 0,
             filled: service.is_none(),
             queued: false,
@@ -187,10 +193,14 @@ impl Group {
         candidate.class = view.class;
         candidate.zone = view.zone;
         let unnamed = candidate.contributions == 0;
+        let was_held = candidate.is(HELD);
+        let hold = (ghost || was_held) && !unnamed && matches!(view.class, Class::Unusable);
+        candidate.set(HELD, hold);
+        self.held = self.held + u32::from(hold) - u32::from(was_held);
         if !same {
             candidate.set(CHANGED, true);
         }
-        if !same || ghost || unnamed {
+        if !same || ghost || was_held || unnamed {
             self.mark(at);
         }
     }
@@ -281,6 +291,9 @@ impl Group {
                         == (ghost.cluster, ghost.class, ghost.zone);
                     candidate.id = ghost.id;
                     candidate.set(WRITTEN, ghost.is(WRITTEN));
+                    let hold = candidate.contributions > 0 && !candidate.alive();
+                    candidate.set(HELD, hold || candidate.is(HELD));
+                    self.held += u32::from(hold);
                     candidate.set(CHANGED, ghost.is(CHANGED) || !same);
                     at
                 }
@@ -323,12 +336,28 @@ impl Group {
         }
     }
 
+    /// Lets the last resort go: every source that may name a better one is listed.
+    pub(crate) fn release_held(&mut self) {
+        if self.held == 0 {
+            return;
+        }
+        for at in self.candidates.live() {
+            if self.candidates[at].is(HELD) {
+                self.candidates[at].set(HELD, false);
+                self.mark(at);
+            }
+        }
+        self.held = 0;
+    }
+
     fn selected(&self, context: Context<'_>, at: u32) -> bool {
         let candidate = &self.candidates[at];
         let tier = context.tier(candidate.cluster, candidate.class);
         candidate.id != 0
             && candidate.alive()
-            && (candidate.is(GHOST) || tier.is_some_and(|tier| self.tiers.contains(tier)))
+            && (candidate.is(GHOST)
+                || tier.is_some_and(|tier| self.tiers.contains(tier))
+                || (candidate.is(HELD) && self.last_resort))
     }
 
     /// Brings numbers and slots in line with what is known, and says what changed.
@@ -388,8 +417,10 @@ impl Group {
 
     fn settle_slots(&mut self, context: Context<'_>, dirty: &[u32], touched: &mut Vec<u32>) {
         let tiers = select(self.affinity, &self.counts);
-        let all = tiers != self.tiers || self.overflow > 0;
+        let last_resort = self.held > 0 && tiers.is_empty() && self.ghosts == 0;
+        let all = tiers != self.tiers || self.overflow > 0 || last_resort != self.last_resort;
         self.tiers = tiers;
+        self.last_resort = last_resort;
         let live;
         let considered = if all {
             live = self.candidates.live();
@@ -463,6 +494,7 @@ impl Group {
         self.candidates = Indexed::new();
         self.slots = Vec::new();
         self.dirty = Vec::new();
+        self.held = 0;
         ids
     }
 

@@ -2,7 +2,9 @@
 //!
 //! In: a dump of the maps. Out: frontends with their slots in place, and backends that keep their numbers ("ghosts").
 //! A ghost takes traffic until a source names it (then it is like any other) or until its cluster's tables are listed in
-//! full without it. A frontend waits in the same way for the local cluster's tables.
+//! full without it. A frontend waits in the same way for the local cluster's tables. One that its source names as unusable
+//! goes too, unless nothing else is left and a source that may name a better one is not listed in full: then it stays as
+//! the last resort, since a frontend without backends is certainly worse than one with a doubtful backend.
 //!
 //! Entries that no lookup can reach, or that no planner of ours wrote (another family or protocol than the frontend's,
 //! numbers out of range), are not kept: the first plan removes or rewrites them.
@@ -50,7 +52,10 @@ impl LoadBalancer {
             let what = (backend.address, u16::from_be_bytes(backend.port), backend.proto);
             let usable = self.backend_ids.is_live(*id) && backend.pad == 0;
             if usable {
-                self.loose.entry(what).or_default().push(*id);
+                self.loose
+                    .entry(what)
+                    .or_default()
+                    .push((*id, backend.cluster_id));
             } else {
                 self.spare.push((*id, 0));
             }

@@ -217,6 +217,99 @@ fn a_restored_backend_that_is_named_follows_its_source() {
 }
 
 #[test]
+fn a_restored_backend_that_is_unready_stays_until_a_better_one_can_be_known() {
+    // Affinity local: the backend of cluster 2 is known to the maps and has no slot.
+    let near = |of| {
+        let mut frame = frame(of);
+        frame.affinity = isthmus_model::Affinity::Local;
+        frame
+    };
+    let ready = |text| vec![SliceEndpoint::ready(ip(text))];
+    let mut unready = SliceEndpoint::ready(ip("10.1.0.1"));
+    unready.ready = false;
+    let (before, _) = left_behind(&[
+        Event::Frame(near(1)),
+        Event::Frame(near(2)),
+        Event::Slice(slice(1, "e0", ready("10.1.0.1"))),
+        Event::Slice(slice(2, "e0", ready("10.2.0.1"))),
+    ]);
+    let restart = || {
+        let mut maps = before.clone();
+        let mut merge = LoadBalancer::new(cluster(LOCAL));
+        merge.restore(&maps.dump());
+        merge.upsert_frame(&near(1));
+        merge.upsert_slice(&slice(1, "e0", vec![unready.clone()]));
+        sync(&mut merge, 1);
+        drain(&mut merge, &mut maps);
+        assert_eq!(targets(&maps), ["10.1.0.1"], "better than none");
+        (merge, maps)
+    };
+    // The other cluster is heard of.
+    let (mut merge, mut maps) = restart();
+    merge.upsert_frame(&near(2));
+    merge.upsert_slice(&slice(2, "e0", ready("10.2.0.1")));
+    drain(&mut merge, &mut maps);
+    assert_eq!(targets(&maps), ["10.2.0.1"]);
+    // It has left the mesh: nobody names a better one.
+    let (mut merge, mut maps) = restart();
+    merge.clusters_listed([cluster(1)]);
+    drain(&mut merge, &mut maps);
+    assert_eq!(targets(&maps), Vec::<String>::new());
+    // The pod is gone: that is no doubtful backend.
+    let (mut merge, mut maps) = restart();
+    merge.upsert_slice(&slice(1, "e0", vec![]));
+    drain(&mut merge, &mut maps);
+    assert_eq!(targets(&maps), Vec::<String>::new());
+    // A later slice of the same cluster names the pod that took its place.
+    let (mut merge, mut maps) = restart();
+    merge.upsert_slice(&slice(1, "e1", ready("10.1.0.2")));
+    drain(&mut merge, &mut maps);
+    assert_eq!(targets(&maps), ["10.1.0.2"]);
+    merge.upsert_slice(&slice(1, "e1", vec![]));
+    drain(&mut merge, &mut maps);
+    assert_eq!(targets(&maps), ["10.1.0.1"]);
+    merge.upsert_slice(&slice(1, "e0", ready("10.1.0.1")));
+    merge.upsert_slice(&slice(1, "e0", vec![unready.clone()]));
+    drain(&mut merge, &mut maps);
+    assert_eq!(
+        targets(&maps),
+        Vec::<String>::new(),
+        "it was ready meanwhile: its source is believed"
+    );
+}
+
+#[test]
+fn a_silent_cluster_does_not_keep_the_numbers_of_others() {
+    let near = |of| {
+        let mut frame = frame(of);
+        frame.affinity = isthmus_model::Affinity::Local;
+        frame
+    };
+    let ready = |text| vec![SliceEndpoint::ready(ip(text))];
+    let (mut maps, _) = left_behind(&[
+        Event::Frame(near(1)),
+        Event::Frame(near(2)),
+        Event::Frame(near(3)),
+        Event::Slice(slice(1, "e0", ready("10.1.0.1"))),
+        Event::Slice(slice(2, "e0", ready("10.2.0.1"))),
+        Event::Slice(slice(3, "e0", ready("10.3.0.1"))),
+    ]);
+    assert_eq!(maps.backends.len(), 3);
+    let mut merge = LoadBalancer::new(cluster(LOCAL));
+    merge.restore(&maps.dump());
+    merge.upsert_frame(&near(1));
+    merge.upsert_slice(&slice(1, "e0", ready("10.1.0.1")));
+    sync(&mut merge, 1);
+    // Cluster 2 has no such backend any more, cluster 3 is not heard of.
+    sync(&mut merge, 2);
+    drain(&mut merge, &mut maps);
+    let left: Vec<u16> = maps.backends.values().map(|backend| backend.cluster_id).collect();
+    assert_eq!(left.len(), 2);
+    assert!(!left.contains(&2), "{left:?}");
+    assert!(merge.audit(&maps.dump()).is_empty());
+}
+
+#[test]
 fn a_service_that_is_no_longer_global_drops_restored_remote_backends() {
     let (mut merge, mut maps) = restarted();
     let mut local = frame(1);
