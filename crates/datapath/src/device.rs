@@ -153,10 +153,15 @@ pub fn mtu_over(underlay_mtu: u32, node_address: IpAddr) -> u32 {
 /// Lets the node's stack forward, and take packets from the overlay whatever its routes say of their sources: the
 /// programs have checked those. Writes to the calling thread's network namespace.
 pub fn enable_forwarding() -> Result<(), DeviceError> {
+    // Without it the kernel's default counts.
+    let all = std::fs::read_to_string("/proc/sys/net/ipv4/conf/all/rp_filter").unwrap_or_default();
     let settings = [
         ("/proc/sys/net/ipv4/ip_forward".to_owned(), "1"),
         ("/proc/sys/net/ipv6/conf/all/forwarding".to_owned(), "1"),
-        (format!("/proc/sys/net/ipv4/conf/{VXLAN_NAME}/rp_filter"), "0"),
+        (
+            format!("/proc/sys/net/ipv4/conf/{VXLAN_NAME}/rp_filter"),
+            rp_filter(&all),
+        ),
     ];
     for (path, value) in settings {
         // A kernel without IPv6 has no such file, and nothing to forward.
@@ -167,6 +172,15 @@ pub fn enable_forwarding() -> Result<(), DeviceError> {
         }
     }
     Ok(())
+}
+
+/// The device's value where `conf/all` is `all`. The kernel takes the larger of the two: 0 switches the check off only where
+/// the node has it off; where it is strict (1), 2 makes it loose for this device: then any route to the source will do.
+fn rp_filter(all: &str) -> &'static str {
+    match all.trim() {
+        "" | "0" => "0",
+        _ => "2",
+    }
 }
 
 async fn create(netlink: &Handle, port: u16) -> Result<u32, DeviceError> {
@@ -308,6 +322,18 @@ fn failed(call: &'static str, device: &str) -> impl Fn(rtnetlink::Error) -> Devi
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_strict_node_does_not_make_the_overlay_strict() {
+        let effective = |all: &str| {
+            all.trim()
+                .parse::<u8>()
+                .unwrap()
+                .max(rp_filter(all).parse().unwrap())
+        };
+        assert_eq!((effective("0\n"), effective("1\n"), effective("2\n")), (0, 2, 2));
+        assert_eq!(rp_filter(""), "0");
+    }
 
     #[test]
     fn mtu_leaves_room_for_the_outer_headers() {
