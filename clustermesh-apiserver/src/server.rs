@@ -13,7 +13,11 @@ mod kv;
 mod stream;
 mod watch;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, atomic::AtomicUsize},
+    time::Duration,
+};
 
 use isthmus_model::ClusterName;
 use isthmus_proto::etcdserverpb::{
@@ -27,6 +31,11 @@ use tonic::{Request, Status, transport::Server};
 
 use crate::{metrics::ServerMetrics, shared::Shared};
 
+/// Bytes of a stream's requests that may wait to be read.
+const STREAM_WINDOW: u32 = 64 * 1024;
+/// Those of all streams of a connection.
+const CONNECTION_WINDOW: u32 = 256 * 1024;
+
 /// Bounds of what peers can make this server do.
 #[derive(Clone, Debug)]
 pub struct ServerLimits {
@@ -34,10 +43,12 @@ pub struct ServerLimits {
     pub connections: usize,
     /// HTTP/2 streams of one connection.
     pub streams: u32,
-    /// Watches of one stream.
+    /// Watches of one connection, over all its streams.
     pub watches: usize,
     /// Bytes of a request.
     pub request_bytes: usize,
+    /// Bytes of the answer to a Range of more keys than a page of 256. Readers page; who does not is told to.
+    pub answer_bytes: usize,
     /// A handshake takes no longer.
     pub handshake_timeout: Duration,
     /// How often a quiet watch that asked for it is told how far it has seen.
@@ -53,6 +64,7 @@ impl Default for ServerLimits {
             streams: 1024,
             watches: 8192,
             request_bytes: 2 * 1024 * 1024,
+            answer_bytes: 64 * 1024 * 1024,
             handshake_timeout: Duration::from_secs(10),
             progress_interval: Duration::from_secs(5),
             future_revision_wait: Duration::from_millis(250),
@@ -74,6 +86,8 @@ pub(crate) struct Context {
 pub(crate) struct Peer {
     pub(crate) name: String,
     pub(crate) rights: Option<Rights>,
+    /// Open watches of all streams of the connection.
+    pub(crate) watches: AtomicUsize,
 }
 
 impl Peer {
@@ -107,9 +121,20 @@ pub async fn serve(
         cluster,
     });
     let limit = context.limits.request_bytes;
+    tokio::spawn({
+        let (shared, shutdown) = (context.shared.clone(), shutdown.clone());
+        // So that no stream needs a wake-up of its own for it.
+        async move {
+            shutdown.cancelled().await;
+            shared.wake_all();
+        }
+    });
     let incoming = accept::accept(listener, tls, context.clone(), shutdown.clone());
     let router = Server::builder()
         .max_concurrent_streams(context.limits.streams)
+        // Requests are small. What a peer has sent and nobody has read yet is no more than this.
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
         .add_service(KvServer::new(kv::Kv(context.clone())).max_decoding_message_size(limit))

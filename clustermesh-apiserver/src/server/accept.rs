@@ -3,7 +3,7 @@
 use std::{
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicUsize},
     task::{Context as TaskContext, Poll},
     time::Duration,
 };
@@ -132,7 +132,11 @@ async fn handshake(
         );
     }
     Ok(Connection {
-        peer: Arc::new(Peer { name, rights }),
+        peer: Arc::new(Peer {
+            name,
+            rights,
+            watches: AtomicUsize::new(0),
+        }),
         stream,
         _slot: slot,
     })

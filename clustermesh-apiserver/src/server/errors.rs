@@ -43,6 +43,13 @@ pub fn no_authentication() -> Status {
 /// A limit of this server is reached.
 pub const TOO_MANY_REQUESTS: &str = "etcdserver: too many requests";
 
+/// An answer that no reader should ask for in one piece.
+pub fn answer_too_large(bytes: usize, limit: usize, page: usize) -> Status {
+    Status::resource_exhausted(format!(
+        "etcdserver: the answer has {bytes} bytes and this server sends at most {limit} unless they are at most {page} keys; list in pages, with a limit"
+    ))
+}
+
 /// A revision that cannot be read.
 pub fn out_of_range(error: crate::store::RangeError) -> Status {
     Status::out_of_range(error.to_string())

@@ -8,10 +8,14 @@ use isthmus_proto::etcdserverpb::{
     range_request::{SortOrder, SortTarget},
 };
 use isthmus_tls::rights::KeyRange;
+use prost::Message;
 use tonic::{Request, Response, Status};
 
 use super::{Context, Peer, errors};
 use crate::store::RangeError;
+
+/// Keys of a page as etcd's and Cilium's readers ask for them; a page is answered whatever its size.
+const PAGE: usize = 256;
 
 pub(super) struct Kv(pub(super) Arc<Context>);
 
@@ -72,7 +76,15 @@ impl kv_server::Kv for Kv {
                 result?;
             }
         }
-        answer.map(Response::new).map_err(errors::out_of_range)
+        let answer = answer.map_err(errors::out_of_range)?;
+        // Up to here it shares the store's bytes; to send it is to copy it.
+        if answer.kvs.len() > PAGE {
+            let (bytes, limit) = (answer.encoded_len(), self.0.limits.answer_bytes);
+            if bytes > limit {
+                return Err(errors::answer_too_large(bytes, limit, PAGE));
+            }
+        }
+        Ok(Response::new(answer))
     }
 
     async fn put(&self, _: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {

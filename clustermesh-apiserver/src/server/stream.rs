@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     task::{Context as TaskContext, Poll},
 };
 
@@ -18,7 +18,6 @@ use isthmus_runtime::CancellationToken;
 use isthmus_tls::rights::KeyRange;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_stream::wrappers::WatchStream as Changes;
-use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::{Status, Streaming};
 
 use super::{Context, Peer, errors, watch::Frame};
@@ -42,9 +41,11 @@ pub(super) struct WatchStream {
     context: Arc<Context>,
     peer: Arc<Peer>,
     requests: Streaming<WatchRequest>,
-    stop: Pin<Box<WaitForCancellationFutureOwned>>,
+    shutdown: CancellationToken,
+    /// Also wakes when the server stops.
     changes: Changes<i64>,
-    ticker: Interval,
+    /// Runs once a watch wants to be told of progress.
+    ticker: Option<Interval>,
     /// Answers to requests, oldest first.
     control: VecDeque<Frame>,
     watches: BTreeMap<i64, Watch>,
@@ -64,15 +65,13 @@ impl WatchStream {
         requests: Streaming<WatchRequest>,
         shutdown: CancellationToken,
     ) -> Self {
-        let mut ticker = interval(context.limits.progress_interval);
-        ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
         context.metrics.streams.inc();
         Self {
             peer,
             requests,
-            stop: Box::pin(shutdown.cancelled_owned()),
+            shutdown,
             changes: Changes::from_changes(context.shared.changes()),
-            ticker,
+            ticker: None,
             control: VecDeque::new(),
             watches: BTreeMap::new(),
             by_route: HashMap::new(),
@@ -129,7 +128,7 @@ impl WatchStream {
                 "rpc error: code = PermissionDenied desc = {}",
                 errors::PERMISSION_DENIED
             )
-        } else if self.watches.len() >= self.context.limits.watches {
+        } else if self.peer.watches.load(Ordering::Relaxed) >= self.context.limits.watches {
             errors::TOO_MANY_REQUESTS.to_owned()
         } else if asked_id != 0 && self.watches.contains_key(&asked_id) {
             "mvcc: duplicate watch ID provided on the WatchStream".to_owned()
@@ -158,6 +157,11 @@ impl WatchStream {
         };
         let (cursor, header) = self.context.shared.read(|store| store.watch(start));
         let id = if asked_id != 0 { asked_id } else { self.free_id() };
+        if create.progress_notify && self.ticker.is_none() {
+            let mut ticker = interval(self.context.limits.progress_interval);
+            ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            self.ticker = Some(ticker);
+        }
         self.by_route.entry(cursor.route().clone()).or_default().push(id);
         self.watches.insert(
             id,
@@ -169,6 +173,8 @@ impl WatchStream {
             },
         );
         self.queue.push_back(id);
+        // Streams of a connection that open watches at the same moment may exceed the limit by one each.
+        self.peer.watches.fetch_add(1, Ordering::Relaxed);
         self.context.metrics.watches.inc();
         self.control.push_back(Frame::control(WatchResponse {
             header: Some(header),
@@ -196,6 +202,7 @@ impl WatchStream {
                 self.by_route.remove(watch.cursor.route());
             }
         }
+        self.peer.watches.fetch_sub(1, Ordering::Relaxed);
         self.context.metrics.watches.dec();
         Some(watch)
     }
@@ -236,19 +243,18 @@ impl WatchStream {
             };
             match self.context.shared.read(|store| store.next(&mut watch.cursor)) {
                 None => {
-                    watch.queued = false;
-                    if std::mem::take(&mut watch.progress_due)
-                        && let Some(header) = self
-                            .context
-                            .shared
-                            .read(|store| store.progress(&mut watch.cursor, true))
-                    {
-                        return Some(progress_frame(header, id));
+                    self.told_all(id);
+                    if let Some(progress) = self.control.pop_front() {
+                        return Some(progress);
                     }
                 }
-                Some(Next::Events { header, events }) => {
-                    // Perhaps it has more; others come first.
-                    self.queue.push_back(id);
+                Some(Next::Events { header, events, more }) => {
+                    if more {
+                        // Others come first.
+                        self.queue.push_back(id);
+                    } else {
+                        self.told_all(id);
+                    }
                     self.context.metrics.events.inc_by(events.len() as u64);
                     let head = WatchResponse {
                         header: Some(header),
@@ -277,6 +283,20 @@ impl WatchStream {
         None
     }
 
+    /// The watch leaves the queue; if progress was asked for meanwhile, the answer follows what it said last.
+    fn told_all(&mut self, id: i64) {
+        let Some(watch) = self.watches.get_mut(&id) else {
+            return;
+        };
+        watch.queued = false;
+        if std::mem::take(&mut watch.progress_due) {
+            let shared = &self.context.shared;
+            let header = shared.read(|store| store.progress(&mut watch.cursor, true));
+            let frame = header.map(|header| progress_frame(header, id));
+            self.control.extend(frame);
+        }
+    }
+
     /// Tells watches that have seen everything how far that is: all of them if `asked`, else those that wanted to be told.
     fn progress(&mut self, asked: bool) {
         let context = self.context.clone();
@@ -298,7 +318,7 @@ impl WatchStream {
 
     fn poll(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Frame, Status>>> {
         loop {
-            if self.stop.as_mut().poll(cx).is_ready() {
+            if self.shutdown.is_cancelled() {
                 return Poll::Ready(Some(Err(errors::stopped())));
             }
             if let Some(frame) = self.control.pop_front() {
@@ -332,7 +352,9 @@ impl WatchStream {
                 Poll::Ready(None) => return Poll::Ready(Some(Err(errors::stopped()))),
                 Poll::Pending => {}
             }
-            if self.ticker.poll_tick(cx).is_ready() {
+            if let Some(ticker) = &mut self.ticker
+                && ticker.poll_tick(cx).is_ready()
+            {
                 self.progress(false);
                 continue;
             }
@@ -366,6 +388,7 @@ impl Stream for WatchStream {
 impl Drop for WatchStream {
     fn drop(&mut self) {
         self.context.metrics.streams.dec();
+        self.peer.watches.fetch_sub(self.watches.len(), Ordering::Relaxed);
         self.context.metrics.watches.dec_by(self.watches.len() as i64);
     }
 }

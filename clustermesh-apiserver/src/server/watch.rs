@@ -9,7 +9,7 @@ use isthmus_runtime::CancellationToken;
 use prost::Message;
 use tonic::{
     Request, Response, Status, Streaming,
-    codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
+    codec::{BufferSettings, Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
     codegen::{Body, BoxFuture, Context as TaskContext, Poll, Service, StdError, http},
     server::{Grpc, NamedService, StreamingService},
 };
@@ -18,6 +18,14 @@ use super::{Context, Peer, stream::WatchStream};
 
 const SERVICE: &str = "etcdserverpb.Watch";
 const METHOD: &str = "/etcdserverpb.Watch/Watch";
+/// Buffers that each stream holds all its life begin this small, for most streams are idle; a message makes room for itself.
+const BUFFER_LEN: usize = 256;
+/// Messages that are ready leave together up to so many bytes.
+const BUNDLE_LEN: usize = 32 * 1024;
+
+fn buffers() -> BufferSettings {
+    BufferSettings::new(BUFFER_LEN, BUNDLE_LEN)
+}
 
 /// A `WatchResponse` whose events are encoded already.
 #[derive(Debug)]
@@ -74,6 +82,10 @@ impl Encoder for FrameEncoder {
         }
         Ok(())
     }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        buffers()
+    }
 }
 
 struct RequestDecoder;
@@ -86,6 +98,10 @@ impl Decoder for RequestDecoder {
         WatchRequest::decode(buffer)
             .map(Some)
             .map_err(|error| Status::invalid_argument(error.to_string()))
+    }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        buffers()
     }
 }
 

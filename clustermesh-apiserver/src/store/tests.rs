@@ -188,7 +188,7 @@ proptest! {
         for ops in &history[listed..] {
             let changes = model.transact(ops);
             store.apply(&SubId::Own, model.revision, changes);
-            while let Some(Next::Events { events, header }) = store.next(&mut live) {
+            while let Some(Next::Events { events, header, .. }) = store.next(&mut live) {
                 let events = decode(events);
                 prop_assert_eq!(events.last().unwrap().kv.as_ref().unwrap().mod_revision, header.revision);
                 seen.extend(events);
@@ -337,7 +337,7 @@ fn mirrored_keys_keep_their_source_and_the_merged_view_has_its_own() {
     let answer = store.range(&Route::Merged, &request("cilium/")).unwrap();
     assert_eq!(answer.header.as_ref().unwrap().cluster_id, 5);
     assert_eq!(answer.kvs[0].mod_revision, answer.header.unwrap().revision);
-    let Some(Next::Events { header, events }) = store.next(&mut merged) else {
+    let Some(Next::Events { header, events, .. }) = store.next(&mut merged) else {
         panic!()
     };
     let event = decode(events).remove(0).kv.unwrap();
@@ -388,7 +388,7 @@ fn local_keys_live_in_the_merged_view() {
     assert_eq!(store.merged_revision(), revision, "an equal value is not written");
     store.put_local(key.clone(), "b".into());
     store.delete_local_prefix("isthmus/status/");
-    let Some(Next::Events { events, header }) = store.next(&mut watch) else {
+    let Some(Next::Events { events, header, .. }) = store.next(&mut watch) else {
         panic!()
     };
     let events = decode(events);

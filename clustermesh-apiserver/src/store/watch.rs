@@ -49,6 +49,8 @@ pub enum Next {
         header: ResponseHeader,
         /// Encoded events, each as a field of `WatchResponse`.
         events: Vec<Bytes>,
+        /// There may be more to say already.
+        more: bool,
     },
     /// What it would have to say next is gone; it ends.
     Compacted {
@@ -114,7 +116,7 @@ impl Store {
         }
         let merged = cursor.route == Route::Merged;
         let mut events = Vec::new();
-        let (mut revisions, mut bytes, mut last) = (0, 0, 0);
+        let (mut revisions, mut bytes, mut last, mut more) = (0, 0, 0, false);
         for batch in history.since(cursor.next) {
             let at = if merged {
                 batch.merged_revision
@@ -124,6 +126,7 @@ impl Store {
             // Batches of one revision stay together: a list may be followed by one of its own revision.
             let full = revisions >= CATCH_UP_REVISIONS_MAX || bytes >= CATCH_UP_BYTES;
             if full && at > last {
+                more = true;
                 break;
             }
             cursor.next = at + 1;
@@ -147,6 +150,7 @@ impl Store {
                 ..header
             },
             events,
+            more,
         })
     }
 

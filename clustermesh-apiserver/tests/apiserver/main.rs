@@ -8,6 +8,7 @@
 )]
 
 mod clusters;
+mod hostile;
 mod lab;
 mod mirror;
 mod reads;
