@@ -21,6 +21,26 @@ async fn the_first_pod_of_a_new_node_reaches_remote_only_services() -> anyhow::R
         .apply(&service_manifest("west", "far", 0, &global)?)
         .await?;
     let target = SocketAddr::new(sandbox.cluster_ip("west", "far", 0).await?, 80);
+    let rollout = [
+        "-n",
+        NAMESPACE,
+        "rollout",
+        "status",
+        "deployment",
+        "far",
+        "--timeout",
+        "60s",
+    ];
+    sandbox.kubectl("east").run(&rollout).await?;
+    eventually("a node that was there before knows them", async || {
+        let list = sandbox.isthmus("west-1", &["service", "list"]).await?;
+        ensure!(
+            list.lines().filter(|line| line.contains("east")).count() >= 4,
+            "{list}"
+        );
+        Ok(())
+    })
+    .await?;
     for round in 0..3 {
         forget_node(&sandbox, "west-2").await?;
         sandbox.client().start("west-2/agent").await?;
