@@ -44,6 +44,19 @@ pub const fn kind_name(kind: Kind) -> &'static str {
     }
 }
 
+/// Most keys of a kind that are mirrored of one remote cluster, a few times what Kubernetes' and our limits allow: a remote
+/// cluster that goes wild must not take this one's memory.
+pub const fn keys_max(kind: Kind) -> usize {
+    match kind {
+        Kind::Nodes => 20_000,
+        Kind::Ip => 1_000_000,
+        // As many numbers as a cluster has.
+        Kind::Identities => 65_536,
+        Kind::Services | Kind::Frames => 100_000,
+        Kind::Slices => 250_000,
+    }
+}
+
 /// A change of what is followed.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum FeedChange {
@@ -391,7 +404,7 @@ impl Remote {
             self.feeds_made += 1;
             let feed = Feed {
                 name: format!("{}#{}", border.prefix(), self.feeds_made).into(),
-                ..Feed::prefix(border.prefix(), kind.value_len_max())
+                ..Feed::prefix(border.prefix(), kind.value_len_max()).with_keys_max(keys_max(kind))
             };
             let sub = SubId::Remote(self.cluster.clone(), kind);
             store.add_sub(sub.clone());
@@ -409,7 +422,7 @@ impl Remote {
     }
 
     fn on_objects(&mut self, store: &mut Store, feed: &Arc<str>, revision: i64, reported: Vec<Change>) {
-        let Some((_, mirrored)) = self.kinds.get_mut(feed) else {
+        let Some((kind, mirrored)) = self.kinds.get_mut(feed) else {
             return;
         };
         let mut ingested = Vec::with_capacity(reported.len());
@@ -452,6 +465,14 @@ impl Remote {
                         ingested.push(Ingested::Change(SourceChange::Delete { key, mod_revision }));
                     }
                 }
+                // It is not followed, and so was never taken.
+                Change::Refused {
+                    key, surplus: true, ..
+                } => {
+                    let (what, limit) = ("the prefix", keys_max(*kind));
+                    let len = limit + 1;
+                    refusals.push((key, Refusal::TooMany { what, len, limit }));
+                }
                 Change::Refused { key, len, .. } => {
                     ingested.extend(
                         mirrored
@@ -460,7 +481,7 @@ impl Remote {
                             .ok()
                             .map(|to| Ingested::Kept(to.into())),
                     );
-                    let limit = VALUE_LEN_MAX;
+                    let limit = kind.value_len_max();
                     refusals.push((key, Refusal::TooLarge { len, limit }));
                 }
             }

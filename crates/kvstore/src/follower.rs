@@ -70,6 +70,8 @@ pub struct Follower {
     matches: usize,
     /// and whether one was not, which rules it out. Kept until a list has come to its end.
     mismatch: bool,
+    /// Keys of this list were refused because there was no room.
+    surplus: bool,
 }
 
 impl Follower {
@@ -85,6 +87,7 @@ impl Follower {
             list: 0,
             matches: 0,
             mismatch: false,
+            surplus: false,
         }
     }
 
@@ -192,6 +195,7 @@ impl Follower {
         self.position = None;
         self.list = self.list.wrapping_add(1);
         self.matches = 0;
+        self.surplus = false;
         self.state = State::Listing {
             first: None,
             start: self.feed.key.clone(),
@@ -264,8 +268,13 @@ impl Follower {
             mod_revision: kv.mod_revision,
             list: self.list,
         };
+        let full = self.known.len() >= self.feed.keys_max;
         let before = match self.known.get_mut(&kv.key[..]) {
             Some(known) => Some(std::mem::replace(known, seen)),
+            None if full => {
+                self.surplus = true;
+                return Some(surplus(kv));
+            }
             None => self.known.insert(Box::from(&kv.key[..]), seen),
         };
         if self.last.is_some_and(|last| kv.mod_revision <= last.revision) {
@@ -297,6 +306,11 @@ impl Follower {
                 revision: first.revision,
                 changes,
             });
+            if self.surplus {
+                // Keys that are gone stood in the way of others. Nothing is deleted at the end of the next list.
+                effects.extend(self.start_list(self.trusted));
+                return;
+            }
         }
         effects.push(Effect::Listed {
             header: first,
@@ -353,8 +367,13 @@ impl Follower {
                         mod_revision: kv.mod_revision,
                         list: self.list,
                     };
+                    let full = self.known.len() >= self.feed.keys_max;
                     match self.known.get_mut(&kv.key[..]) {
                         Some(entry) => *entry = known,
+                        None if full => {
+                            changes.push(surplus(kv));
+                            continue;
+                        }
                         None => {
                             self.known.insert(Box::from(&kv.key[..]), known);
                         }
@@ -401,5 +420,15 @@ fn refused(kv: KeyValue, len: usize) -> Change {
         key: kv.key,
         mod_revision: kv.mod_revision,
         len,
+        surplus: false,
+    }
+}
+
+fn surplus(kv: KeyValue) -> Change {
+    Change::Refused {
+        key: kv.key,
+        mod_revision: kv.mod_revision,
+        len: kv.value.len(),
+        surplus: true,
     }
 }

@@ -458,6 +458,7 @@ fn late_and_hostile_answers_change_nothing() {
         key: Bytes::from_static(b"p/x"),
         mod_revision: 2,
         len: 5,
+        surplus: false,
     };
     assert_eq!(*changes, [refused]);
     assert!(
@@ -467,4 +468,80 @@ fn late_and_hostile_answers_change_nothing() {
     let events = vec![event(EventType::Put, kv("q", b"", 7)), Event::default()];
     let effects = follower.on(Input::Events { header, events });
     assert_eq!(effects, []);
+}
+
+#[test]
+fn keys_beyond_the_limit_are_refused_and_read_once_there_is_room() {
+    let mut follower = Follower::new(Feed::prefix("p/", 10).with_keys_max(2));
+    let header = Header {
+        cluster_id: 1,
+        revision: 10,
+    };
+    let kv = |key: &str, mod_revision| KeyValue {
+        key: Bytes::copy_from_slice(key.as_bytes()),
+        mod_revision,
+        ..Default::default()
+    };
+    let page = |keys: &[&str]| Input::Page {
+        header,
+        kvs: keys.iter().map(|key| kv(key, 2)).collect(),
+        more: false,
+        unreadable: false,
+    };
+    let told = |effects: &[Effect]| -> Vec<String> {
+        let changes = effects.iter().flat_map(|effect| match effect {
+            Effect::Changes { changes, .. } => changes.clone(),
+            _ => vec![],
+        });
+        let text = |key: &Bytes| String::from_utf8_lossy(key).into_owned();
+        changes
+            .map(|change| match change {
+                Change::Put { key, .. } => format!("+{}", text(&key)),
+                Change::Delete { key, .. } => format!("-{}", text(&key)),
+                Change::Refused { key, surplus, .. } => {
+                    assert!(surplus);
+                    format!("!{}", text(&key))
+                }
+            })
+            .collect()
+    };
+    follower.on(Input::Connected);
+    let effects = follower.on(page(&["p/a", "p/b", "p/c"]));
+    assert_eq!(told(&effects), ["+p/a", "+p/b", "!p/c"]);
+    assert_eq!(follower.len(), 2);
+    follower.on(Input::Created { header });
+    let put = |key, revision| Input::Events {
+        header: Header { revision, ..header },
+        events: vec![Event {
+            kv: Some(kv(key, revision)),
+            ..Default::default()
+        }],
+    };
+    assert_eq!(told(&follower.on(put("p/d", 11))), ["!p/d"]);
+    assert_eq!(
+        told(&follower.on(put("p/a", 12))),
+        ["+p/a"],
+        "a known key goes on"
+    );
+    // Other keys took their place: what is gone must not keep them out.
+    follower.on(Input::Canceled);
+    let header = Header {
+        revision: 13,
+        ..header
+    };
+    let page = |keys: &[&str]| Input::Page {
+        header,
+        kvs: keys.iter().map(|key| kv(key, 13)).collect(),
+        more: false,
+        unreadable: false,
+    };
+    let effects = follower.on(page(&["p/x", "p/y"]));
+    assert_eq!(told(&effects), ["!p/x", "!p/y", "-p/a", "-p/b"]);
+    assert!(matches!(effects.last(), Some(Effect::List { .. })), "{effects:?}");
+    let effects = follower.on(page(&["p/x", "p/y"]));
+    assert_eq!(told(&effects), ["+p/x", "+p/y"]);
+    assert!(
+        matches!(effects.last(), Some(Effect::Watch { .. })),
+        "{effects:?}"
+    );
 }

@@ -91,3 +91,67 @@ fn a_heart_that_never_beat_is_told_of_too() {
     assert!(!world.at(1_120_000).stale);
     assert!(world.at(1_120_001).stale);
 }
+
+impl World {
+    /// Its config says this ID; the feeds that follow.
+    fn config(&mut self, id: u32) -> Vec<FeedChange> {
+        let key = keys::cluster_config(&ClusterName::new("c2").unwrap());
+        let change = Change::Put {
+            key: key.clone().into(),
+            value: format!("{{\"id\":{id}}}").into(),
+            create_revision: 1,
+            mod_revision: 1,
+            version: 1,
+        };
+        let update = Update::Changes {
+            feed: key.as_str().into(),
+            revision: 1,
+            changes: vec![change],
+        };
+        self.on(update, 0)
+    }
+}
+
+#[test]
+fn another_id_is_read_by_other_feeds() {
+    let mut world = World::new();
+    let first = world.config(2);
+    let names = |changes: &[FeedChange]| -> BTreeSet<Arc<str>> {
+        let added = changes.iter().filter_map(|change| match change {
+            FeedChange::Add(feed) => Some(feed.name.clone()),
+            FeedChange::Remove(_) => None,
+        });
+        added.collect()
+    };
+    assert_eq!(names(&first).len(), 4);
+    assert_eq!(world.config(2), []);
+    let second = world.config(3);
+    assert!(names(&first).is_disjoint(&names(&second)), "{second:?}");
+    let removed = second
+        .iter()
+        .filter(|change| matches!(change, FeedChange::Remove(_)));
+    assert_eq!((removed.count(), names(&second).len()), (4, 4));
+}
+
+#[test]
+fn keys_beyond_the_limit_are_refused_by_reason() {
+    let mut world = World::new();
+    let changes = world.config(2);
+    let FeedChange::Add(feed) = &changes[0] else {
+        panic!("{changes:?}");
+    };
+    assert!(feed.keys_max < usize::MAX);
+    let change = Change::Refused {
+        key: "cilium/state/nodes/v1/c2/n".into(),
+        mod_revision: 1,
+        len: 1,
+        surplus: true,
+    };
+    let update = Update::Changes {
+        feed: feed.name.clone(),
+        revision: 1,
+        changes: vec![change],
+    };
+    world.on(update, 0);
+    assert_eq!(world.at(0).refused.get("too_many"), Some(&1));
+}

@@ -17,6 +17,8 @@ pub struct Feed {
     pub range_end: Bytes,
     /// Larger values are refused, in bytes.
     pub value_len_max: usize,
+    /// Keys beyond so many are refused, and not remembered: what they take of memory here is not up to the upstream.
+    pub keys_max: usize,
 }
 
 impl Feed {
@@ -27,6 +29,7 @@ impl Feed {
             key: Bytes::copy_from_slice(prefix.as_bytes()),
             range_end: range_end(prefix.as_bytes()).into(),
             value_len_max,
+            keys_max: usize::MAX,
         }
     }
 
@@ -37,6 +40,7 @@ impl Feed {
             key: Bytes::copy_from_slice(key.as_bytes()),
             range_end: Bytes::new(),
             value_len_max,
+            keys_max: usize::MAX,
         }
     }
 
@@ -47,7 +51,13 @@ impl Feed {
             key: Bytes::copy_from_slice(first.as_bytes()),
             range_end: Bytes::copy_from_slice(end.as_bytes()),
             value_len_max,
+            keys_max: usize::MAX,
         }
+    }
+
+    /// The same with a bound on the number of keys.
+    pub fn with_keys_max(self, keys_max: usize) -> Self {
+        Self { keys_max, ..self }
     }
 
     pub(super) fn contains(&self, key: &[u8]) -> bool {
@@ -82,7 +92,7 @@ pub enum Change {
         /// Revision of the deletion; in a list the revision of the list.
         mod_revision: i64,
     },
-    /// The key has a value that is larger than the feed's limit.
+    /// The key has a value that is larger than the feed's limit, or is one key too many.
     Refused {
         /// Key.
         key: Bytes,
@@ -90,6 +100,9 @@ pub enum Change {
         mod_revision: i64,
         /// Length in bytes, 0 if unknown.
         len: usize,
+        /// It is a key beyond the feed's limit. It is not followed: no deletion of it is told, and it is read again when the
+        /// feed is listed again.
+        surplus: bool,
     },
 }
 
