@@ -147,6 +147,9 @@ pub struct Sources {
     config_gone: BTreeSet<ClusterName>,
     canaries: BTreeSet<(ClusterName, Kind, Scope)>,
     refused: BTreeMap<ClusterName, ConfigRefusal>,
+    /// Configs that were refused for another cluster's ID: judged again when that one leaves. The two are told of by feeds of
+    /// their own, so a cluster's new name may come before its old one is gone.
+    waiting: BTreeMap<ClusterName, ClusterConfig>,
 }
 
 impl Sources {
@@ -163,14 +166,34 @@ impl Sources {
             config_gone: BTreeSet::new(),
             canaries: BTreeSet::new(),
             refused: BTreeMap::new(),
+            waiting: BTreeMap::new(),
         }
     }
 
     /// A cluster's config was written. Each change of what is followed is an effect.
     pub fn on_config(&mut self, name: &ClusterName, config: &ClusterConfig) -> Vec<Effect> {
+        let mut effects = self.judge(name, config);
+        if effects.iter().any(|effect| matches!(effect, Effect::Drain(..))) {
+            self.judge_waiting(&mut effects);
+        }
+        effects
+    }
+
+    /// An ID is free again: somebody may wait for it.
+    fn judge_waiting(&mut self, effects: &mut Vec<Effect>) {
+        for (name, config) in self.waiting.clone() {
+            effects.extend(self.judge(&name, &config));
+        }
+    }
+
+    fn judge(&mut self, name: &ClusterName, config: &ClusterConfig) -> Vec<Effect> {
+        self.waiting.remove(name);
         let id = match self.check(name, config) {
             Ok(id) => id,
             Err(refusal) => {
+                if matches!(refusal, ConfigRefusal::Duplicate { .. }) {
+                    self.waiting.insert(name.clone(), config.clone());
+                }
                 self.refused.insert(name.clone(), refusal);
                 return vec![];
             }
@@ -222,6 +245,7 @@ impl Sources {
     /// A cluster's config was deleted.
     pub fn on_config_gone(&mut self, name: &ClusterName) -> Vec<Effect> {
         self.refused.remove(name);
+        self.waiting.remove(name);
         if *name != self.own && self.clusters.contains_key(name) {
             self.config_gone.insert(name.clone());
         }
@@ -255,7 +279,12 @@ impl Sources {
     fn drain_if_out(&mut self, name: &ClusterName) -> Vec<Effect> {
         let out =
             self.statuses_listed && !self.statuses.contains_key(name) && self.config_gone.contains(name);
-        if out { self.drain(name) } else { vec![] }
+        if !out {
+            return vec![];
+        }
+        let mut effects = self.drain(name);
+        self.judge_waiting(&mut effects);
+        effects
     }
 
     /// A canary was written: the part of its key after `cilium/synced/`. Unknown ones are ignored, as Cilium does.

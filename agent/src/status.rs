@@ -258,10 +258,16 @@ fn loadbalancer(facts: &Facts) -> Health {
         return Health::Starting(missing);
     }
     let stats = facts.state.lb().stats();
-    let sizes = format!(
+    let mut sizes = format!(
         "{} services, {} frontends, {} backends",
         stats.services, stats.frontends, stats.backends
     );
+    if stats.restored_backends > 0 {
+        sizes += &format!(
+            ", {} of them from before the agent's start, kept until their cluster is heard of",
+            stats.restored_backends
+        );
+    }
     let mut wrong = vec![];
     if stats.overflow > 0 {
         wrong.push(format!(

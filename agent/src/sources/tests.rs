@@ -129,6 +129,32 @@ fn a_removed_cluster_is_drained_and_the_own_one_is_not() {
 }
 
 #[test]
+fn a_cluster_with_a_new_name_joins_when_the_old_one_is_gone() {
+    let mut sources = sources();
+    let (old, new) = (name("c2"), name("c3"));
+    sources.on_config(&old, &config(2, true));
+    sources.on_status(&old, 2);
+    sources.on_statuses_listed();
+    // The feeds of configs and statuses are not in step.
+    assert_eq!(sources.on_config_gone(&old), []);
+    assert_eq!(sources.on_config(&new, &config(2, true)), []);
+    assert!(sources.refused().contains_key(&new));
+    let effects = sources.on_status_gone(&old);
+    let drained = effects
+        .iter()
+        .position(|effect| *effect == Effect::Drain(old.clone(), id(2)));
+    let joined = effects
+        .iter()
+        .position(|effect| *effect == Effect::Join(new.clone(), id(2)));
+    assert!(drained.is_some() && drained < joined, "{effects:?}");
+    assert!(sources.refused().is_empty());
+    // The same when the holder changes its ID.
+    assert_eq!(sources.on_config(&old, &config(2, true)), []);
+    let effects = sources.on_config(&new, &config(4, true));
+    assert!(effects.contains(&Effect::Join(old, id(2))), "{effects:?}");
+}
+
+#[test]
 fn a_cluster_that_is_still_mirrored_stays_without_its_config() {
     let mut sources = sources();
     sources.on_config(&name("c1"), &config(1, true));

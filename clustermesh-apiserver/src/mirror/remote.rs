@@ -242,9 +242,11 @@ impl Remote {
 
     /// To be called about once a second: writes the status if it changed, and asks again for what is not admitted.
     pub fn on_tick(&mut self, store: &mut Store, ids: &mut ClusterIds, now_ms: u64) -> Vec<FeedChange> {
-        let changes = match (&self.config, &self.admitted) {
-            (Some(_), None) => self.judge(store, ids),
-            _ => Vec::new(),
+        let refused = self.admitted.is_none() || !self.problem.is_empty();
+        let changes = if self.config.is_some() && refused {
+            self.judge(store, ids)
+        } else {
+            Vec::new()
         };
         self.refresh(store, now_ms);
         self.write_status(store);
