@@ -211,10 +211,8 @@ impl Task {
         let mut plan = routes::plan(&actual, &wanted);
         if overlay.is_none() || !cidrs.complete {
             let local: BTreeSet<u32> = self.endpoints.iter().filter_map(ifindex).collect();
-            plan.remove.retain(|route| {
-                let withdrawn = overlay.is_some() && self.known.contains(&destination(route));
-                withdrawn || is_host(route) && local.contains(&route.ifindex)
-            });
+            let known = overlay.is_some().then_some(&self.known);
+            plan.remove.retain(|route| may_go(route, known, &local));
         }
         if let Some((_, vxlan_ifindex)) = overlay {
             let routes = wanted.iter().filter(|route| route.ifindex == vxlan_ifindex);
@@ -273,6 +271,13 @@ impl Task {
             .unwrap_or(Err(SetupError::Stopping))?;
         Ok((vxlan_ifindex, mtu))
     }
+}
+
+/// Whether a route that nobody wants may go before every cluster's nodes are listed: one to a local pod, and, if this node
+/// is known, one into the overlay that was wanted before, so that who wanted it has withdrawn it.
+fn may_go(route: &Route, known: Option<&BTreeSet<(IpAddr, u8)>>, local: &BTreeSet<u32>) -> bool {
+    known.is_some_and(|known| known.contains(&destination(route)))
+        || is_host(route) && local.contains(&route.ifindex)
 }
 
 /// Every route that should be there.
@@ -396,6 +401,20 @@ mod tests {
         let remote = cidrs(&["10.1.0.0/24", "10.0.0.0/8", "10.1.0.128/25", "10.1.1.0/24"]);
         let wanted = wanted_routes(Some((&node(), 7)), &remote, &(Arc::new([]) as EndpointList));
         assert_eq!(wanted.len(), 1);
+    }
+
+    #[test]
+    fn routes_that_were_withdrawn_go_and_an_earlier_agents_stay() {
+        let remote = cidrs(&["10.2.0.0/24", "10.3.0.0/24"]);
+        let wanted = wanted_routes(Some((&node(), 7)), &remote, &endpoints());
+        let known = BTreeSet::from([("10.2.0.0".parse().unwrap(), 24)]);
+        let local = BTreeSet::from([9]);
+        let gone = |known| -> Vec<String> {
+            let gone = wanted.iter().filter(|route| may_go(route, known, &local));
+            gone.map(|route| route.destination.to_string()).collect()
+        };
+        assert_eq!(gone(Some(&known)), ["10.1.0.2", "10.2.0.0"]);
+        assert_eq!(gone(None), ["10.1.0.2"], "the node's object is missing");
     }
 
     #[test]

@@ -13,7 +13,10 @@ use isthmus_proto::etcdserverpb::{
     WatchCancelRequest, WatchCreateRequest, WatchRequest, WatchResponse, watch_request::RequestUnion,
 };
 use isthmus_runtime::{Backoff, backoff};
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 use tonic::{Status, Streaming};
 
 use super::{
@@ -76,6 +79,8 @@ pub(super) struct Session<'a> {
     requests: Option<mpsc::Sender<WatchRequest>>,
     /// The feed whose create is unanswered.
     creating: Option<(Arc<str>, u64)>,
+    /// When that answer is overdue: all others wait behind it.
+    creating_until: Instant,
     to_create: VecDeque<(Arc<str>, u64, i64)>,
     watches: HashMap<i64, (Arc<str>, u64)>,
 }
@@ -99,6 +104,7 @@ impl<'a> Session<'a> {
             stream: Stream::None,
             requests: None,
             creating: None,
+            creating_until: Instant::now(),
             to_create: VecDeque::new(),
             watches: HashMap::new(),
         }
@@ -120,6 +126,8 @@ impl<'a> Session<'a> {
             self.on_wanted(feeds).await?;
             loop {
                 tokio::select! {
+                    // In this order: an answer that has come is no overdue one, also if we were busy meanwhile.
+                    biased;
                     changed = wanted.changed(), if feeds_open => {
                         feeds_open = changed.is_ok();
                         let feeds = wanted.borrow_and_update().clone();
@@ -127,6 +135,10 @@ impl<'a> Session<'a> {
                     }
                     Some((asked, result)) = self.answers.next() => self.on_answer(asked, result).await?,
                     event = self.stream.next() => self.on_stream(event).await?,
+                    () = tokio::time::sleep_until(self.creating_until), if self.creating.is_some() => {
+                        let patience = self.options.call_timeout;
+                        return Err(End::Lost(format!("no answer to a watch request within {patience:?}")));
+                    }
                     () = self.sink.closed() => return Err(End::ConsumerGone),
                 }
             }
@@ -173,16 +185,25 @@ impl<'a> Session<'a> {
         let Some(followed) = self.followed.get_mut(name) else {
             return Ok(());
         };
-        // A watch that was refused or compacted leads to a list; one that follows another closely waits.
-        let delay = match &input {
-            Input::Canceled | Input::PageCompacted => followed.backoff.next(backoff::random()),
-            _ => Duration::ZERO,
+        let connects = matches!(
+            &input,
+            Input::Connected | Input::Checked { .. } | Input::CheckFailed
+        );
+        let events = matches!(&input, Input::Events { .. });
+        let effects = followed.follower.on(input);
+        // A watch that was refused or compacted, or an answer of another history than the one before, leads to a list; one
+        // that follows another closely waits. Whoever answers so every time must not keep us busy.
+        let lists = |effect: &Effect| matches!(effect, Effect::List { revision: 0, .. });
+        let delay = if !connects && effects.iter().any(lists) {
+            followed.backoff.next(backoff::random())
+        } else {
+            Duration::ZERO
         };
-        if matches!(&input, Input::Events { .. }) {
+        if events && delay.is_zero() {
             followed.backoff.reset();
         }
         let (token, page_len) = (followed.token, followed.page_len);
-        for effect in followed.follower.on(input) {
+        for effect in effects {
             match effect {
                 Effect::List { start, revision } => {
                     let call = Call::List {
@@ -374,6 +395,7 @@ impl<'a> Session<'a> {
                 ..Default::default()
             };
             self.creating = Some((name, token));
+            self.creating_until = Instant::now() + self.options.call_timeout;
             self.request(RequestUnion::CreateRequest(create)).await?;
         }
         Ok(())
