@@ -11,6 +11,7 @@
 //! - Equal cluster ID and revision mean equal content. When a source's history is another one, the sub-store's watches end.
 //! - An event is encoded once; watches share its bytes and are cursors into a bounded history, never queues.
 
+mod content;
 mod entry;
 mod history;
 mod range;
@@ -18,7 +19,7 @@ mod route;
 mod sub;
 mod watch;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, ops::Bound, sync::Arc};
 
 use bytes::Bytes;
 use isthmus_model::ClusterName;
@@ -30,6 +31,7 @@ pub use route::{Route, SubId};
 pub use sub::{Relist, SourceChange};
 pub use watch::{Cursor, Next, WatchStart};
 
+use content::Content;
 use entry::{Batch, Entry};
 use history::History;
 use sub::SubStore;
@@ -45,7 +47,7 @@ pub struct Store {
     merged: History,
     subs: BTreeMap<SubId, SubStore>,
     /// Keys that this server writes itself; their revisions are those of the merged view.
-    local: BTreeMap<Bytes, Arc<Entry>>,
+    local: Content,
     limits: HistoryLimits,
     remote_limits: HistoryLimits,
     /// Cluster IDs for histories whose source used one for two of them.
@@ -81,7 +83,7 @@ impl Store {
             merged_revision: 1,
             merged: History::new(1),
             subs: BTreeMap::new(),
-            local: BTreeMap::new(),
+            local: Content::default(),
             limits,
             remote_limits,
             spare_id: server_id,
@@ -101,10 +103,7 @@ impl Store {
     /// Removes a source and all its keys.
     pub fn remove_sub(&mut self, id: &SubId) {
         let Some(sub) = self.subs.remove(id) else { return };
-        let events = sub
-            .content
-            .values()
-            .map(|entry| (entry.key.clone(), None, Some(entry.clone())));
+        let events = sub.content.iter().map(|entry| (None, Some(entry.clone())));
         let events = events.collect();
         // Its watches find their sub-store gone, and end.
         self.record(id.clone(), sub.revision, events, None);
@@ -144,11 +143,12 @@ impl Store {
     /// Canaries of the own cluster.
     pub fn own_canaries(&self) -> Vec<Bytes> {
         let prefix = format!("{}{}/", isthmus_wire::keys::SYNCED, self.own);
+        let from = (Bound::Included(prefix.as_bytes()), Bound::Unbounded);
         let content = self.subs.get(&SubId::Own).map(|sub| &sub.content);
-        let keys = content.into_iter().flat_map(|content| content.keys());
-        keys.skip_while(|key| key[..] < *prefix.as_bytes())
-            .take_while(|key| key.starts_with(prefix.as_bytes()))
-            .cloned()
+        let entries = content.into_iter().flat_map(|content| content.range(&from).0);
+        entries
+            .take_while(|entry| entry.key().starts_with(prefix.as_bytes()))
+            .map(|entry| entry.shared_key())
             .collect()
     }
 
@@ -194,7 +194,7 @@ impl Store {
         };
         let configured = format!("{}{cluster}", isthmus_wire::keys::REMOTE_STATUS);
         let listed = self.subs.get(&id).is_some_and(|sub| sub.listed);
-        !listed && self.local.contains_key(configured.as_bytes())
+        !listed && self.local.get(configured.as_bytes()).is_some()
     }
 
     // Changes of sources.
@@ -233,9 +233,9 @@ impl Store {
         let same_source = sub.listed && !list.new_history && sub.source_id == list.cluster_id;
         let mut changes = list.changes;
         if let Some(present) = &list.present {
-            let gone = sub.content.keys().filter(|key| !present.contains(*key)).cloned();
-            changes.extend(gone.map(|key| SourceChange::Delete {
-                key,
+            let gone = sub.content.iter().filter(|entry| !present.contains(entry.key()));
+            changes.extend(gone.map(|entry| SourceChange::Delete {
+                key: entry.shared_key(),
                 mod_revision: list.revision,
             }));
         }
@@ -270,7 +270,7 @@ impl Store {
     /// Writes a key of this server itself; an equal value is not written.
     pub fn put_local(&mut self, key: Bytes, value: Bytes) {
         let before = self.local.get(&key).cloned();
-        if before.as_ref().is_some_and(|entry| entry.value == value) {
+        if before.as_ref().is_some_and(|entry| entry.value() == value) {
             return;
         }
         let revision = self.merged_revision + 1;
@@ -285,14 +285,14 @@ impl Store {
             before.as_ref().map_or(revision, |entry| entry.merged_create),
             revision,
         ));
-        self.local.insert(entry.key.clone(), entry.clone());
-        self.record_local(vec![(entry.key.clone(), Some(entry), before)]);
+        self.local.insert(entry.clone());
+        self.record_local(vec![(Some(entry), before)]);
     }
 
     /// Deletes a key of this server itself.
     pub fn delete_local(&mut self, key: &[u8]) {
-        if let Some((key, before)) = self.local.remove_entry(key) {
-            self.record_local(vec![(key, None, Some(before))]);
+        if let Some(before) = self.local.remove(key) {
+            self.record_local(vec![(None, Some(before))]);
         }
     }
 
@@ -300,9 +300,9 @@ impl Store {
     pub fn delete_local_prefix(&mut self, prefix: &str) {
         let keys: Vec<Bytes> = self
             .local
-            .keys()
-            .filter(|key| key.starts_with(prefix.as_bytes()))
-            .cloned()
+            .iter()
+            .filter(|entry| entry.key().starts_with(prefix.as_bytes()))
+            .map(|entry| entry.shared_key())
             .collect();
         keys.iter().for_each(|key| self.delete_local(key));
     }

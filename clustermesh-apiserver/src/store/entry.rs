@@ -22,16 +22,18 @@ pub(super) struct Revisions {
     pub(super) version: i64,
 }
 
-/// A key's present value. Key and value are slices of the event's bytes.
+/// A key's present value. There may be a million of them: key and value are parts of the event's bytes.
 #[derive(Debug)]
 pub(super) struct Entry {
-    pub(super) key: Bytes,
-    pub(super) value: Bytes,
     pub(super) revisions: Revisions,
     pub(super) merged_create: i64,
     pub(super) merged_modified: i64,
     /// The PUT event as a field of `WatchResponse`: tag, length, message.
     encoded: Bytes,
+    /// Where in it the key begins and ends, and the value begins, which ends the message. (A message has less than 4 GiB.)
+    key_at: u32,
+    key_end: u32,
+    value_at: u32,
 }
 
 impl Entry {
@@ -57,12 +59,12 @@ impl Entry {
             prev_kv: None,
         };
         let encoded = encode_event(&event);
-        // The value ends the message. The key begins right after the tag and length that precede it.
-        let value_at = encoded.len() - value.len();
+        // The key begins right after the tag and length that precede it.
         let key_at = find_key(&encoded, key);
         Self {
-            key: encoded.slice(key_at..key_at + key.len()),
-            value: encoded.slice(value_at..),
+            key_at: key_at as u32,
+            key_end: (key_at + key.len()) as u32,
+            value_at: (encoded.len() - value.len()) as u32,
             revisions,
             merged_create,
             merged_modified,
@@ -70,14 +72,27 @@ impl Entry {
         }
     }
 
+    pub(super) fn key(&self) -> &[u8] {
+        &self.encoded[self.key_at as usize..self.key_end as usize]
+    }
+
+    pub(super) fn value(&self) -> &[u8] {
+        &self.encoded[self.value_at as usize..]
+    }
+
+    /// The key, sharing the entry's bytes.
+    pub(super) fn shared_key(&self) -> Bytes {
+        self.encoded.slice(self.key_at as usize..self.key_end as usize)
+    }
+
     /// The message, in the source's revisions or the merged view's.
     pub(super) fn key_value(&self, merged: bool) -> KeyValue {
         KeyValue {
-            key: self.key.clone(),
+            key: self.shared_key(),
             create_revision: self.create(merged),
             mod_revision: self.modified(merged),
             version: self.revisions.version,
-            value: self.value.clone(),
+            value: self.encoded.slice(self.value_at as usize..),
             lease: 0,
         }
     }
@@ -125,22 +140,31 @@ fn encode_event(event: &Event) -> Bytes {
     buffer.freeze()
 }
 
-/// Key, value after (`None` = deleted), value before.
-pub(super) type Changed = (Bytes, Option<Arc<Entry>>, Option<Arc<Entry>>);
+/// A key's entry after a change (`None` = deleted) and before it. One of them there is.
+pub(super) type Changed = (Option<Arc<Entry>>, Option<Arc<Entry>>);
 
 /// A changed key in a history.
 #[derive(Debug)]
 pub(super) struct Recorded {
-    pub(super) key: Bytes,
     pub(super) after: Option<Arc<Entry>>,
     pub(super) before: Option<Arc<Entry>>,
-    /// Its event; shares the entry's bytes for a PUT.
-    encoded: Bytes,
+    /// The event of a DELETE; that of a PUT is its entry's.
+    deletion: Bytes,
     /// Its event in the merged view's revisions; made when it is first asked for.
     merged_encoded: OnceLock<Bytes>,
 }
 
 impl Recorded {
+    pub(super) fn key(&self) -> &[u8] {
+        let entry = self.after.as_ref().or(self.before.as_ref());
+        entry.map_or(&[], |entry| entry.key())
+    }
+
+    /// The event in the source's revisions.
+    fn encoded(&self) -> &Bytes {
+        self.after.as_ref().map_or(&self.deletion, |entry| &entry.encoded)
+    }
+
     /// Whether it is a PUT.
     pub(super) fn is_put(&self) -> bool {
         self.after.is_some()
@@ -150,7 +174,7 @@ impl Recorded {
         let kv = match &self.after {
             Some(entry) => entry.key_value(merged),
             None => KeyValue {
-                key: self.key.clone(),
+                key: Bytes::copy_from_slice(self.key()),
                 mod_revision: revision,
                 ..Default::default()
             },
@@ -190,18 +214,16 @@ impl Batch {
         merged_revision: i64,
         changed: Vec<Changed>,
     ) -> Self {
-        let events = changed.into_iter().map(|(key, after, before)| {
+        let events = changed.into_iter().map(|(after, before)| {
             let mut recorded = Recorded {
-                key,
                 after,
                 before,
-                encoded: Bytes::new(),
+                deletion: Bytes::new(),
                 merged_encoded: OnceLock::new(),
             };
-            recorded.encoded = match &recorded.after {
-                Some(entry) => entry.encoded.clone(),
-                None => encode_event(&recorded.message(false, revision, false)),
-            };
+            if !recorded.is_put() {
+                recorded.deletion = encode_event(&recorded.message(false, revision, false));
+            }
             recorded
         });
         Self {
@@ -216,7 +238,7 @@ impl Batch {
     pub(super) fn bytes(&self) -> usize {
         let event = |event: &Recorded| {
             let before = event.before.as_ref().map_or(0, |entry| entry.encoded.len());
-            event.encoded.len() + before + size_of::<Recorded>()
+            event.encoded().len() + before + size_of::<Recorded>()
         };
         self.events.iter().map(event).sum()
     }
@@ -235,7 +257,7 @@ impl Batch {
             let encode = || encode_event(&event.message(true, self.merged_revision, false));
             return event.merged_encoded.get_or_init(encode).clone();
         }
-        event.encoded.clone()
+        event.encoded().clone()
     }
 }
 
@@ -250,8 +272,8 @@ mod tests {
         fn an_entry_is_its_own_event(key in proptest::collection::vec(any::<u8>(), 0..300), value in proptest::collection::vec(any::<u8>(), 0..20_000), create in 1i64.., modified in 1i64..) {
             let revisions = Revisions { create, modified, version: 3 };
             let entry = Entry::new(&key, &value, revisions, 5, 6);
-            prop_assert_eq!(&entry.key[..], &key[..]);
-            prop_assert_eq!(&entry.value[..], &value[..]);
+            prop_assert_eq!(entry.key(), &key[..]);
+            prop_assert_eq!(entry.value(), &value[..]);
             let response = WatchResponse::decode(entry.encoded.clone()).unwrap();
             prop_assert_eq!(response.events[0].kv.clone().unwrap(), entry.key_value(false));
             prop_assert_eq!(entry.key_value(true).mod_revision, 6);

@@ -9,7 +9,10 @@ use isthmus_proto::etcdserverpb::{
     range_request::{SortOrder, SortTarget},
 };
 
-use super::{Entry, History, Route, Store};
+use super::{
+    Entry, History, Route, Store,
+    content::{Bounds, Content},
+};
 
 /// Why a range is not answered.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
@@ -21,9 +24,6 @@ pub enum RangeError {
     #[error("etcdserver: mvcc: required revision is a future revision")]
     Future,
 }
-
-type Bounds<'r> = (Bound<&'r [u8]>, Bound<&'r [u8]>);
-type Content = BTreeMap<Bytes, Arc<Entry>>;
 
 /// The bounds that etcd means; `None` = nothing lies between.
 fn bounds<'r>(key: &'r [u8], range_end: &'r [u8]) -> Option<Bounds<'r>> {
@@ -72,22 +72,39 @@ impl Store {
         };
         let selection = Selection { request, merged };
         let undo = undo(history, at, &bounds);
-        if let ([content], true) = (contents.as_slice(), undo.is_empty()) {
-            let entries = content.range::<[u8], _>(bounds).map(|(_, entry)| entry);
-            selection.fill(&mut response, entries);
+        if let [content] = contents.as_slice() {
+            let (entries, count) = content.range(&bounds);
+            let now = entries.filter(|entry| !undo.contains_key(entry.key()));
+            let then = undo.values().flatten().copied();
+            let changed_since = undo.keys().filter(|key| content.get(key).is_some()).count();
+            response.count = (count - changed_since + then.clone().count()) as i64;
+            selection.fill(&mut response, in_order(now, then));
         } else {
             let mut entries: Vec<&Arc<Entry>> = contents
                 .iter()
-                .flat_map(|content| content.range::<[u8], _>(bounds))
-                .filter(|(key, _)| !undo.contains_key(*key))
-                .map(|(_, entry)| entry)
+                .flat_map(|content| content.range(&bounds).0)
+                .filter(|entry| !undo.contains_key(entry.key()))
                 .chain(undo.values().flatten().copied())
                 .collect();
-            entries.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+            entries.sort_unstable_by(|a, b| a.key().cmp(b.key()));
+            response.count = entries.len() as i64;
             selection.fill(&mut response, entries.into_iter());
         }
         Ok(response)
     }
+}
+
+/// Both, which are in key order and have no key in common, in key order.
+fn in_order<'e>(
+    a: impl Iterator<Item = &'e Arc<Entry>>,
+    b: impl Iterator<Item = &'e Arc<Entry>>,
+) -> impl Iterator<Item = &'e Arc<Entry>> {
+    let (mut a, mut b) = (a.peekable(), b.peekable());
+    std::iter::from_fn(move || match (a.peek(), b.peek()) {
+        (Some(next), Some(other)) if other.key() < next.key() => b.next(),
+        (Some(_), _) => a.next(),
+        (None, _) => b.next(),
+    })
 }
 
 /// For each key in range that changed after revision `at`: what it held then.
@@ -95,12 +112,12 @@ fn undo<'h>(
     history: &'h History,
     at: i64,
     bounds: &Bounds<'_>,
-) -> BTreeMap<&'h Bytes, Option<&'h Arc<Entry>>> {
+) -> BTreeMap<&'h [u8], Option<&'h Arc<Entry>>> {
     let mut undo = BTreeMap::new();
     for batch in history.since(at + 1) {
         for event in &batch.events {
-            if std::ops::RangeBounds::<[u8]>::contains(bounds, &event.key[..]) {
-                undo.entry(&event.key).or_insert(event.before.as_ref());
+            if std::ops::RangeBounds::<[u8]>::contains(bounds, event.key()) {
+                undo.entry(event.key()).or_insert(event.before.as_ref());
             }
         }
     }
@@ -121,18 +138,13 @@ impl Selection<'_> {
             || request.min_create_revision != 0
             || request.max_create_revision != 0;
         let sorted = request.sort_order() != SortOrder::None || request.sort_target() != SortTarget::Key;
-        // Unless everything has to be looked at, only the page and one more key are kept; the rest is counted.
-        let keep = if sorted || filtered { None } else { limit };
-        let mut count = 0;
-        let mut page: Vec<&Arc<Entry>> = Vec::new();
-        for entry in entries {
-            count += 1;
-            let wanted = !request.count_only && keep.is_none_or(|keep| page.len() <= keep);
-            if wanted && self.passes(entry) {
-                page.push(entry);
-            }
-        }
-        response.count = count;
+        // Unless everything has to be looked at, only the page and one more key are.
+        let look_at = match limit {
+            _ if request.count_only => 0,
+            Some(limit) if !(sorted || filtered) => limit.saturating_add(1),
+            _ => usize::MAX,
+        };
+        let mut page: Vec<&Arc<Entry>> = entries.take(look_at).filter(|entry| self.passes(entry)).collect();
         if sorted {
             self.sort(&mut page);
         }
@@ -169,11 +181,11 @@ impl Selection<'_> {
         let descending = self.request.sort_order() == SortOrder::Descend;
         page.sort_by(|a, b| {
             let ordering = match target {
-                SortTarget::Key => a.key.cmp(&b.key),
+                SortTarget::Key => a.key().cmp(b.key()),
                 SortTarget::Version => a.revisions.version.cmp(&b.revisions.version),
                 SortTarget::Create => a.create(self.merged).cmp(&b.create(self.merged)),
                 SortTarget::Mod => a.modified(self.merged).cmp(&b.modified(self.merged)),
-                SortTarget::Value => a.value.cmp(&b.value),
+                SortTarget::Value => a.value().cmp(b.value()),
             };
             if descending { ordering.reverse() } else { ordering }
         });

@@ -1,13 +1,11 @@
 //! One source: its present content, its history, and its place in its own revisions.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use std::{collections::BTreeSet, sync::Arc};
 
 use bytes::Bytes;
 
 use super::{
+    content::Content,
     entry::{Changed, Entry, Revisions},
     history::History,
 };
@@ -69,7 +67,7 @@ pub(super) struct SubStore {
     pub(super) listed: bool,
     /// Merged revision at which this history began; a watch of an earlier one ends.
     pub(super) epoch: i64,
-    pub(super) content: BTreeMap<Bytes, Arc<Entry>>,
+    pub(super) content: Content,
     pub(super) history: History,
 }
 
@@ -81,7 +79,7 @@ impl SubStore {
             revision: 1,
             listed: false,
             epoch,
-            content: BTreeMap::new(),
+            content: Content::default(),
             history: History::new(1),
         }
     }
@@ -106,7 +104,7 @@ impl SubStore {
                     };
                     if before
                         .as_ref()
-                        .is_some_and(|entry| entry.revisions == revisions && entry.value == value)
+                        .is_some_and(|entry| entry.revisions == revisions && entry.value() == value)
                     {
                         continue;
                     }
@@ -120,14 +118,12 @@ impl SubStore {
                         merged_create,
                         merged_revision,
                     ));
-                    // The old key must go too, or it would keep the old entry's bytes.
-                    self.content.remove(&key);
-                    self.content.insert(entry.key.clone(), entry.clone());
-                    changed.push((entry.key.clone(), Some(entry), before));
+                    self.content.insert(entry.clone());
+                    changed.push((Some(entry), before));
                 }
                 SourceChange::Delete { key, .. } => {
-                    if let Some((key, before)) = self.content.remove_entry(&key) {
-                        changed.push((key, None, Some(before)));
+                    if let Some(before) = self.content.remove(&key) {
+                        changed.push((None, Some(before)));
                     }
                 }
             }
@@ -146,7 +142,7 @@ impl SubStore {
         // Keys whose new value was refused keep the old one, at a revision that exists.
         let late: Vec<Arc<Entry>> = self
             .content
-            .values()
+            .iter()
             .filter(|entry| entry.revisions.modified > revision)
             .cloned()
             .collect();
@@ -157,14 +153,13 @@ impl SubStore {
                 version: 1,
             };
             let entry = Entry::new(
-                &entry.key,
-                &entry.value,
+                entry.key(),
+                entry.value(),
                 revisions,
                 entry.merged_create,
                 entry.merged_modified,
             );
-            self.content.remove(&entry.key);
-            self.content.insert(entry.key.clone(), Arc::new(entry));
+            self.content.insert(Arc::new(entry));
         }
     }
 }

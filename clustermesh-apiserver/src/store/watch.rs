@@ -198,7 +198,7 @@ fn collect(watch: &WatchStart, batch: &Arc<Batch>, merged: bool, events: &mut Ve
             .after
             .as_ref()
             .map_or(i64::MAX, |entry| entry.modified(merged));
-        if !filtered && modified >= watch.start_revision && watch.range.contains(&event.key) {
+        if !filtered && modified >= watch.start_revision && watch.range.contains(event.key()) {
             events.push(batch.encoded(event, merged, watch.prev_kv));
         }
     }
