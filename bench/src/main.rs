@@ -3,8 +3,10 @@
 mod failover;
 mod fanout;
 mod figure;
+mod lists;
 mod mapfill;
 mod merge;
+mod reader;
 mod servers;
 
 use std::process::ExitCode;
@@ -27,6 +29,9 @@ struct Args {
     /// Watchers of `fanout`.
     #[arg(long, default_value_t = 500)]
     watchers: usize,
+    /// Keys of `lists`.
+    #[arg(long, default_value_t = 500_000)]
+    keys: usize,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -39,6 +44,8 @@ enum Name {
     Mapfill,
     /// Watch events from the API server to 500 TLS watchers: CPU, memory, latency (needs etcd).
     Fanout,
+    /// 50 clients list 500,000 keys in pages: throughput and the memory of what is listed (needs etcd).
+    Lists,
 }
 
 fn main() -> ExitCode {
@@ -48,6 +55,7 @@ fn main() -> ExitCode {
         Name::Merge => merge::run(),
         Name::Mapfill => mapfill::run(),
         Name::Fanout => fanout::run(args.watchers),
+        Name::Lists => lists::run(args.keys),
     };
     match figures {
         Ok(figures) => {

@@ -122,10 +122,7 @@ impl Process {
 
     /// Its resident memory.
     pub fn rss_kib(&self) -> Result<f64> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kib = line.and_then(|line| line.split_whitespace().next());
-        kib.context("no VmRSS")?.parse().context("VmRSS")
+        rss_kib(&self.0.id().to_string())
     }
 }
 
@@ -135,6 +132,14 @@ impl Drop for Process {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Resident memory of a process, or of `self`.
+pub fn rss_kib(process: &str) -> Result<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().next());
+    kib.context("no VmRSS")?.parse().context("VmRSS")
 }
 
 /// User and system time of a `stat` file of /proc.

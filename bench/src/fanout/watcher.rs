@@ -1,4 +1,4 @@
-//! A reader that costs little: HTTP/2 and TLS, and of each response what is needed to know that nothing is lost.
+//! A watcher, and what all of them have seen: as much of each response as it takes to know that nothing is lost.
 
 use std::{
     net::SocketAddr,
@@ -9,26 +9,18 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context, Result, bail, ensure};
-use h2::{RecvStream, SendStream, client};
-use hyper::{
-    Request,
-    body::{Buf, Bytes},
-};
+use anyhow::{Context, Result, ensure};
 use isthmus_proto::etcdserverpb::{
     WatchCreateRequest, WatchRequest, WatchResponse, watch_request::RequestUnion,
 };
-use prost::Message;
-use tokio::{net::TcpStream, sync::Notify};
-use tokio_rustls::{
-    TlsConnector,
-    rustls::{ClientConfig, pki_types::ServerName},
-};
+use tokio::sync::Notify;
+use tokio_rustls::rustls::ClientConfig;
+
+use crate::reader::{Connection, Responses};
 
 /// What is watched, and under what is put.
 pub const PREFIX: &str = "cilium/state/bench/";
 const PREFIX_END: &str = "cilium/state/bench0";
-const WINDOW: u32 = 1024 * 1024;
 /// Width of a latency's bucket.
 const BUCKET_US: u64 = 50;
 /// The last bucket takes all that is longer.
@@ -105,34 +97,16 @@ impl Tally {
 
 /// A connection with one watch.
 pub struct Watcher {
-    // The stream ends when this is dropped.
-    _requests: SendStream<Bytes>,
-    responses: RecvStream,
-    buffer: Vec<u8>,
+    // The connection ends when this is dropped.
+    _connection: Connection,
+    responses: Responses,
     revision: Option<i64>,
 }
 
 impl Watcher {
     /// Connects, and returns once the watch is made.
     pub async fn connect(config: Arc<ClientConfig>, address: SocketAddr) -> Result<Self> {
-        let tcp = TcpStream::connect(address).await.context("connect")?;
-        tcp.set_nodelay(true)?;
-        let name = ServerName::try_from("localhost")?;
-        let tls = TlsConnector::from(config)
-            .connect(name, tcp)
-            .await
-            .context("TLS handshake")?;
-        let (send, connection) = client::Builder::new()
-            .initial_window_size(WINDOW)
-            .initial_connection_window_size(WINDOW)
-            .handshake(tls)
-            .await?;
-        tokio::spawn(connection);
-        let request = Request::post("https://localhost/etcdserverpb.Watch/Watch")
-            .header("content-type", "application/grpc")
-            .header("te", "trailers")
-            .body(())?;
-        let (response, mut requests) = send.ready().await?.send_request(request, false)?;
+        let mut connection = Connection::open(config, address).await?;
         let create = WatchCreateRequest {
             key: PREFIX.into(),
             range_end: PREFIX_END.into(),
@@ -141,33 +115,17 @@ impl Watcher {
         let create = WatchRequest {
             request_union: Some(RequestUnion::CreateRequest(create)),
         };
-        let mut message = vec![0];
-        message.extend((create.encoded_len() as u32).to_be_bytes());
-        create.encode(&mut message)?;
-        requests.send_data(message.into(), false)?;
-        let response = response.await.context("watch")?;
-        ensure!(
-            response.status().is_success(),
-            "the watch is answered {}",
-            response.status()
-        );
-        let mut watcher = Self {
-            _requests: requests,
-            responses: response.into_body(),
-            buffer: Vec::new(),
+        let mut responses = connection
+            .call("/etcdserverpb.Watch/Watch", &create, false)
+            .await?;
+        let created: WatchResponse = responses.next().await?;
+        let reason = &created.cancel_reason;
+        ensure!(created.created && !created.canceled, "no watch: {reason}");
+        Ok(Self {
+            _connection: connection,
+            responses,
             revision: None,
-        };
-        loop {
-            if let Some(response) = watcher.take()? {
-                ensure!(
-                    response.created && !response.canceled,
-                    "no watch: {}",
-                    response.cancel_reason
-                );
-                return Ok(watcher);
-            }
-            watcher.receive().await?;
-        }
+        })
     }
 
     /// Reads until the connection fails or the order is broken.
@@ -175,7 +133,7 @@ impl Watcher {
         loop {
             let mut events = 0;
             let now_ns = tally.epoch.elapsed().as_nanos() as u64;
-            while let Some(response) = self.take()? {
+            while let Some(response) = self.responses.take::<WatchResponse>()? {
                 ensure!(
                     !response.canceled,
                     "the watch is cancelled: {}",
@@ -201,32 +159,7 @@ impl Watcher {
                     tally.moved.notify_one();
                 }
             }
-            self.receive().await?;
+            self.responses.receive().await?;
         }
-    }
-
-    async fn receive(&mut self) -> Result<()> {
-        let Some(data) = self.responses.data().await else {
-            let trailers = self.responses.trailers().await?;
-            bail!("the stream ended: {trailers:?}");
-        };
-        let data = data?;
-        self.responses.flow_control().release_capacity(data.len())?;
-        self.buffer.extend_from_slice(&data);
-        Ok(())
-    }
-
-    /// The next response, if it is complete.
-    fn take(&mut self) -> Result<Option<WatchResponse>> {
-        let Some((prefix, rest)) = self.buffer.split_at_checked(5) else {
-            return Ok(None);
-        };
-        let len = (&prefix[1..]).get_u32() as usize;
-        let Some(message) = rest.get(..len) else {
-            return Ok(None);
-        };
-        let response = WatchResponse::decode(message)?;
-        self.buffer.drain(..5 + len);
-        Ok(Some(response))
     }
 }
