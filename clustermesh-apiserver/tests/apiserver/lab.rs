@@ -73,17 +73,21 @@ pub struct Etcd {
 
 impl Etcd {
     pub async fn start() -> Self {
-        let mut etcd = Self {
-            child: None,
-            port: free_port(),
-            peer_port: free_port(),
-            data: tempfile::tempdir().unwrap(),
-        };
-        etcd.spawn().await;
-        etcd
+        loop {
+            let mut etcd = Self {
+                child: None,
+                port: free_port(),
+                peer_port: free_port(),
+                data: tempfile::tempdir().unwrap(),
+            };
+            if etcd.spawn().await {
+                return etcd;
+            }
+        }
     }
 
-    async fn spawn(&mut self) {
+    /// False if it ended at once: another test's etcd took one of the ports a moment before.
+    async fn spawn(&mut self) -> bool {
         let [client, peer] = [self.port, self.peer_port].map(|port| format!("http://127.0.0.1:{port}"));
         let child = Command::new("etcd")
             .arg("--data-dir")
@@ -110,12 +114,21 @@ impl Etcd {
             .stderr(Stdio::null())
             .spawn()
             .expect("these tests need etcd on the PATH; on Debian: apt-get install etcd-server");
-        self.child = Some(child);
-        eventually("etcd answers", || async {
-            let mut client = self.client().await.ok()?;
-            client.get("x", None).await.ok()
+        let child = Arc::new(Mutex::new(child));
+        let answers = eventually("etcd answers", || async {
+            let mut client = self.client().await.ok();
+            let answer = match &mut client {
+                Some(client) => client.get("x", None).await.ok(),
+                None => None,
+            };
+            if child.lock().unwrap().try_wait().unwrap().is_some() {
+                return Some(false);
+            }
+            answer.map(|_| true)
         })
         .await;
+        self.child = Arc::into_inner(child).map(|child| child.into_inner().unwrap());
+        answers
     }
 
     pub fn stop(&mut self) {
@@ -127,14 +140,14 @@ impl Etcd {
 
     pub async fn restart(&mut self) {
         self.stop();
-        self.spawn().await;
+        assert!(self.spawn().await, "its ports were taken meanwhile");
     }
 
     /// Ends it and starts it with an empty directory: the same address, the same cluster ID, another history.
     pub async fn restart_empty(&mut self) {
         self.stop();
         std::fs::remove_dir_all(self.data.path().join("etcd")).unwrap();
-        self.spawn().await;
+        assert!(self.spawn().await, "its ports were taken meanwhile");
     }
 
     pub fn signal(&self, signal: Signal) {
