@@ -85,6 +85,47 @@ fn identities_come_before_the_addresses_that_name_them() {
 }
 
 #[test]
+fn a_relabelled_namespace_gives_each_of_its_pods_another_identity_in_place() {
+    let mut run = Run::new();
+    run.put(object_namespace(0, 0));
+    run.put(object_namespace(1, 0));
+    for (number, namespace) in [(0, 0), (1, 0), (2, 1)] {
+        run.put(object_pod(number, namespace, number, number + 1));
+    }
+    let changes = run.put(object_namespace(0, 1));
+    let keys: Vec<_> = changes
+        .iter()
+        .map(|change| String::from_utf8_lossy(&change.key).into_owned())
+        .collect();
+    assert!(changes.iter().all(|change| change.value.is_some()), "{keys:?}");
+    let identity = |key: &String| key.starts_with("cilium/state/identities/");
+    let (identities, addresses) = keys.split_at(2);
+    assert!(identities.iter().all(identity), "{keys:?}");
+    let want = ["10.1.0.1", "10.1.0.2"].map(|ip| format!("cilium/state/ip/v1/default/{ip}"));
+    assert_eq!(addresses, want, "and no pod of another namespace");
+}
+
+#[test]
+fn a_deleted_service_takes_its_slices_along_and_gets_them_back() {
+    let mut run = Run::new();
+    run.put(object_slice(0, 1, 3));
+    assert_eq!(
+        run.keys(),
+        Vec::<String>::new(),
+        "slices of a service that is not there"
+    );
+    let puts = run.put(object_service(1, Flavor::Global));
+    let there = run.keys();
+    assert_eq!(puts.len(), there.len());
+    // Its slices are deleted by Kubernetes some time later; pods live on.
+    let gone = run.delete(object_service(1, Flavor::Global));
+    assert!(gone.iter().all(|change| change.value.is_none()), "{gone:?}");
+    assert_eq!(run.keys(), Vec::<String>::new());
+    run.put(object_service(1, Flavor::Global));
+    assert_eq!(run.keys(), there);
+}
+
+#[test]
 fn an_address_that_moves_to_another_pod_is_never_absent() {
     let mut run = Run::new();
     run.put(object_namespace(0, 0));
