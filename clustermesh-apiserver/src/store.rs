@@ -278,9 +278,9 @@ impl Store {
             &key,
             &value,
             entry::Revisions {
-                create: before.as_ref().map_or(revision, |entry| entry.revisions.create),
+                create: before.as_ref().map_or(revision, |entry| entry.revisions().create),
                 modified: revision,
-                version: before.as_ref().map_or(1, |entry| entry.revisions.version + 1),
+                version: before.as_ref().map_or(1, |entry| entry.revisions().version + 1),
             },
             before.as_ref().map_or(revision, |entry| entry.merged_create),
             revision,

@@ -174,14 +174,14 @@ mod tests {
                 let entry = entry(key, version as i64);
                 let key = entry.shared_key();
                 if kind < 4 {
-                    let before = content.insert(entry).map(|entry| entry.revisions.version);
+                    let before = content.insert(entry).map(|entry| entry.revisions().version);
                     prop_assert_eq!(before, model.insert(key, version as i64));
                 } else {
-                    let before = content.remove(&key).map(|entry| entry.revisions.version);
+                    let before = content.remove(&key).map(|entry| entry.revisions().version);
                     prop_assert_eq!(before, model.remove(&key));
                 }
             }
-            let list = |entry: &Arc<Entry>| (entry.shared_key(), entry.revisions.version);
+            let list = |entry: &Arc<Entry>| (entry.shared_key(), entry.revisions().version);
             prop_assert_eq!(content.len(), model.len());
             prop_assert!(content.iter().map(list).eq(model.clone()));
             prop_assert!(content.runs.iter().all(|run| (1..=RUN_MAX).contains(&run.len())));
@@ -196,7 +196,7 @@ mod tests {
             }
             for key in 0..4000u16 {
                 let key = key.to_be_bytes();
-                prop_assert_eq!(content.get(&key).map(|entry| entry.revisions.version), model.get(&key[..]).copied());
+                prop_assert_eq!(content.get(&key).map(|entry| entry.revisions().version), model.get(&key[..]).copied());
             }
         }
     }

@@ -6,13 +6,17 @@ use bytes::{BufMut, Bytes, BytesMut};
 use isthmus_proto::mvccpb::{Event, KeyValue, event::EventType};
 use prost::{
     Message,
-    encoding::{WireType, encode_key, encode_varint, key_len},
+    encoding::{WireType, decode_varint, encode_key, encode_varint, key_len},
 };
 
 use super::SubId;
 
 /// Field of `events` in `WatchResponse`.
 const EVENTS_FIELD: u32 = 11;
+/// Fields of `KeyValue`.
+const CREATE_REVISION_FIELD: u8 = 2;
+const MOD_REVISION_FIELD: u8 = 3;
+const VERSION_FIELD: u8 = 4;
 
 /// Revisions of a value in its source's history.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -22,10 +26,9 @@ pub(super) struct Revisions {
     pub(super) version: i64,
 }
 
-/// A key's present value. There may be a million of them: key and value are parts of the event's bytes.
+/// A key's present value. There may be a million of them: key, revisions and value are read from the event's bytes.
 #[derive(Debug)]
 pub(super) struct Entry {
-    pub(super) revisions: Revisions,
     pub(super) merged_create: i64,
     pub(super) merged_modified: i64,
     /// The PUT event as a field of `WatchResponse`: tag, length, message.
@@ -65,7 +68,6 @@ impl Entry {
             key_at: key_at as u32,
             key_end: (key_at + key.len()) as u32,
             value_at: (encoded.len() - value.len()) as u32,
-            revisions,
             merged_create,
             merged_modified,
             encoded,
@@ -80,6 +82,29 @@ impl Entry {
         &self.encoded[self.value_at as usize..]
     }
 
+    /// Revisions in the source's history.
+    pub(super) fn revisions(&self) -> Revisions {
+        let mut revisions = Revisions {
+            create: 0,
+            modified: 0,
+            version: 0,
+        };
+        // They stand between key and value. Each is a tag of one byte and a varint; 0 is not written.
+        let mut rest = &self.encoded[self.key_end as usize..self.value_at as usize];
+        while let Some((tag, after)) = rest.split_first() {
+            let field = match tag >> 3 {
+                CREATE_REVISION_FIELD => &mut revisions.create,
+                MOD_REVISION_FIELD => &mut revisions.modified,
+                VERSION_FIELD => &mut revisions.version,
+                _ => break,
+            };
+            rest = after;
+            // This message was encoded here.
+            *field = decode_varint(&mut rest).unwrap_or_default() as i64;
+        }
+        revisions
+    }
+
     /// The key, sharing the entry's bytes.
     pub(super) fn shared_key(&self) -> Bytes {
         self.encoded.slice(self.key_at as usize..self.key_end as usize)
@@ -87,11 +112,16 @@ impl Entry {
 
     /// The message, in the source's revisions or the merged view's.
     pub(super) fn key_value(&self, merged: bool) -> KeyValue {
+        let own = self.revisions();
         KeyValue {
             key: self.shared_key(),
-            create_revision: self.create(merged),
-            mod_revision: self.modified(merged),
-            version: self.revisions.version,
+            create_revision: if merged { self.merged_create } else { own.create },
+            mod_revision: if merged {
+                self.merged_modified
+            } else {
+                own.modified
+            },
+            version: own.version,
             value: self.encoded.slice(self.value_at as usize..),
             lease: 0,
         }
@@ -101,7 +131,7 @@ impl Entry {
         if merged {
             self.merged_create
         } else {
-            self.revisions.create
+            self.revisions().create
         }
     }
 
@@ -109,18 +139,16 @@ impl Entry {
         if merged {
             self.merged_modified
         } else {
-            self.revisions.modified
+            self.revisions().modified
         }
     }
 }
 
-/// Where the key's bytes begin: after event tag and length, `kv` tag and length, `key` tag and length.
+/// Where the key's bytes begin: after event tag and length, `kv` tag and length, `key` tag and length. An empty key has none
+/// of its own.
 fn find_key(encoded: &[u8], key: &[u8]) -> usize {
-    if key.is_empty() {
-        return 0;
-    }
     let mut rest = encoded;
-    for _ in 0..3 {
+    for _ in 0..if key.is_empty() { 2 } else { 3 } {
         // Tags of fields below 16 are one byte; lengths are varints.
         rest = rest.get(1..).unwrap_or_default();
         while rest.first().is_some_and(|byte| byte & 0x80 != 0) {
@@ -273,6 +301,7 @@ mod tests {
             let revisions = Revisions { create, modified, version: 3 };
             let entry = Entry::new(&key, &value, revisions, 5, 6);
             prop_assert_eq!(entry.key(), &key[..]);
+            prop_assert_eq!(entry.revisions(), revisions);
             prop_assert_eq!(entry.value(), &value[..]);
             let response = WatchResponse::decode(entry.encoded.clone()).unwrap();
             prop_assert_eq!(response.events[0].kv.clone().unwrap(), entry.key_value(false));

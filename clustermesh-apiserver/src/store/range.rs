@@ -182,7 +182,7 @@ impl Selection<'_> {
         page.sort_by(|a, b| {
             let ordering = match target {
                 SortTarget::Key => a.key().cmp(b.key()),
-                SortTarget::Version => a.revisions.version.cmp(&b.revisions.version),
+                SortTarget::Version => a.revisions().version.cmp(&b.revisions().version),
                 SortTarget::Create => a.create(self.merged).cmp(&b.create(self.merged)),
                 SortTarget::Mod => a.modified(self.merged).cmp(&b.modified(self.merged)),
                 SortTarget::Value => a.value().cmp(b.value()),

@@ -104,7 +104,7 @@ impl SubStore {
                     };
                     if before
                         .as_ref()
-                        .is_some_and(|entry| entry.revisions == revisions && entry.value() == value)
+                        .is_some_and(|entry| entry.revisions() == revisions && entry.value() == value)
                     {
                         continue;
                     }
@@ -143,7 +143,7 @@ impl SubStore {
         let late: Vec<Arc<Entry>> = self
             .content
             .iter()
-            .filter(|entry| entry.revisions.modified > revision)
+            .filter(|entry| entry.revisions().modified > revision)
             .cloned()
             .collect();
         for entry in late {
