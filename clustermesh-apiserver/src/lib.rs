@@ -157,7 +157,16 @@ impl Bound {
             [source::feed()],
             shutdown.child_token(),
         );
-        let source = tokio::spawn(source::run(followed, shared.clone(), health.clone()));
+        let source = {
+            let (shared, health, stop) = (shared.clone(), health.clone(), shutdown.clone());
+            tokio::spawn(async move {
+                source::run(followed, shared, health).await;
+                // Without it this server would serve what it knows now for ever, and say that all is well.
+                let early = !stop.is_cancelled();
+                stop.cancel();
+                early
+            })
+        };
         let mut mirror = None;
         if let Some(directory) = config.clustermesh_config.clone() {
             let config = MirrorConfig {
@@ -201,9 +210,12 @@ impl Bound {
         );
         let result = served.await.context("the server failed");
         shutdown.cancel();
-        for task in [Some(source), mirror, Some(measure)].into_iter().flatten() {
+        for task in [mirror, Some(measure)].into_iter().flatten() {
             // A panic in a task is worth more than a clean end.
             task.await.context("a task of the server panicked")?;
+        }
+        if source.await.context("a task of the server panicked")? {
+            anyhow::bail!("the reader of the own etcd has ended without a reason");
         }
         result
     }

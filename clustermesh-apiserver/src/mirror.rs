@@ -19,7 +19,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use isthmus_kvstore::{EtcdConfig, Options, follow};
+use isthmus_kvstore::{EtcdConfig, Options, Update, follow};
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
 use isthmus_runtime::CancellationToken;
 use isthmus_wire::{keys::REMOTE_STATUS, status::RemoteStatus};
@@ -309,7 +309,10 @@ impl Task {
                     }
                     _ = ticker.tick() => self.with(|remote, store, ids| remote.on_tick(store, ids, now_ms())),
                     update = follow.updates.recv() => match update {
-                        None => return,
+                        None => {
+                            self.on_reader_lost().await;
+                            break;
+                        }
                         Some(update) => {
                             let mut updates = vec![update];
                             while updates.len() < BATCH_MAX && let Ok(update) = follow.updates.try_recv() {
@@ -330,6 +333,19 @@ impl Task {
                 }
             }
             stop.cancel();
+        }
+    }
+
+    /// The reader ends with `shutdown` only, unless it has a bug: then another one goes on, and the status says so meanwhile.
+    async fn on_reader_lost(&mut self) {
+        if self.shutdown.is_cancelled() {
+            return;
+        }
+        let error = "its reader has ended without a reason; starting another one".to_owned();
+        self.with(|remote, store, ids| remote.on(store, ids, Update::Disconnected { error }, now_ms()));
+        tokio::select! {
+            () = self.shutdown.cancelled() => {}
+            () = tokio::time::sleep(SCAN_INTERVAL) => {}
         }
     }
 
