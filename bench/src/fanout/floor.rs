@@ -82,9 +82,9 @@ fn serve(listener: &TcpListener, config: Arc<ServerConfig>, connections: usize) 
         streams.push(stream);
     }
     Ok(Floor {
-        steady_us: broadcast(&mut streams, STEADY, 1)?,
+        steady_us: broadcast(&mut streams, STEADY.among(connections), 1)?,
         // As many writes as a server makes that bundles what comes within ten milliseconds.
-        burst_us: broadcast(&mut streams, BURST, 20)?,
+        burst_us: broadcast(&mut streams, BURST.among(connections), 20)?,
     })
 }
 
