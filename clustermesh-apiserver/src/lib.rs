@@ -1,11 +1,12 @@
 //! clustermesh-apiserver: serves a cluster's state to other clusters' mirrors and to its own agents, and mirrors the others.
 //!
-//! In: the own cluster's etcd ([`source`]), remote clusters' API servers ([`mirror`]). Out: etcd's v3 read API over mutual
+//! In: the own cluster's etcd ([`source`]) or writes to an [`embedded`] store, remote clusters' API servers ([`mirror`]). Out: etcd's v3 read API over mutual
 //! TLS ([`server`]). Between them stands the [`store`].
 //!
 //! Invariants: what is known stays when an upstream goes away, and its age can be told by its heartbeat; replicas share no
 //! state and give the same revisions, so that a client moves from one to another without listing again.
 
+pub mod embedded;
 pub mod ingest;
 pub mod metrics;
 pub mod mirror;
@@ -27,7 +28,11 @@ use isthmus_runtime::{CancellationToken, Health, Metrics};
 use isthmus_tls::ServerTls;
 use tokio::{net::TcpListener, sync::oneshot};
 
-use metrics::{MirrorMetrics, ServerMetrics, StoreMetrics};
+use embedded::{
+    HistoryKept,
+    file::{File, Opened},
+};
+use metrics::{EmbeddedMetrics, MirrorMetrics, ServerMetrics, StoreMetrics};
 use mirror::MirrorConfig;
 use server::ServerLimits;
 use shared::Shared;
@@ -38,6 +43,20 @@ const MIRROR: &str = "mirror";
 /// How often the store's metrics are set.
 const METRICS_INTERVAL: Duration = Duration::from_secs(5);
 
+/// Where the own cluster's state is.
+#[derive(Clone, Debug)]
+pub enum StoreConfig {
+    /// In an etcd.
+    Etcd(EtcdConfig),
+    /// In a file of this server, which takes the local operator's writes.
+    Embedded {
+        /// Directory of the file; made if it is not there.
+        data_dir: PathBuf,
+        /// How long the past is kept.
+        kept: HistoryKept,
+    },
+}
+
 /// Everything that the server is told.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -47,8 +66,8 @@ pub struct Config {
     pub cluster_id: ClusterId,
     /// Size of the mesh.
     pub max: MaxConnectedClusters,
-    /// Own etcd.
-    pub etcd: EtcdConfig,
+    /// Where the own cluster's state is.
+    pub store: StoreConfig,
     /// Directory of remote clusters' files; `None` = no mirror.
     pub clustermesh_config: Option<PathBuf>,
     /// Where to serve.
@@ -86,9 +105,16 @@ pub struct Bound {
     tls: ServerTls,
     metrics: Metrics,
     health: Health,
+    source: Source,
 }
 
-/// Reads the certificates and takes the address.
+/// Where the own cluster's state comes from.
+enum Source {
+    Etcd(EtcdConfig),
+    Embedded(Box<Opened>, HistoryKept),
+}
+
+/// Reads the certificates, opens the embedded store if it is one, and takes the address.
 pub async fn bind(config: Config) -> anyhow::Result<Bound> {
     let file = |path: &Path| path.to_owned();
     let tls = ServerTls::from_files(
@@ -99,6 +125,16 @@ pub async fn bind(config: Config) -> anyhow::Result<Bound> {
     .context(
         "the server's TLS files are not usable; see --tls-cert-file, --tls-key-file and --tls-client-ca-file",
     )?;
+    let source = match &config.store {
+        StoreConfig::Etcd(etcd) => Source::Etcd(etcd.clone()),
+        StoreConfig::Embedded { data_dir, kept } => {
+            // Random and not 0; used if the store is new.
+            let history = rand::random_range(1..=u64::MAX);
+            let opened = File::open(data_dir, &config.cluster, history)
+                .context("the embedded store is not usable; see --data-dir")?;
+            Source::Embedded(Box::new(opened), *kept)
+        }
+    };
     let listener = TcpListener::bind(config.listen).await.with_context(|| {
         format!(
             "cannot listen on {}; choose another address with --listen",
@@ -111,6 +147,7 @@ pub async fn bind(config: Config) -> anyhow::Result<Bound> {
         tls,
         metrics: Metrics::new("clustermesh"),
         health: Health::default(),
+        source,
     })
 }
 
@@ -138,6 +175,7 @@ impl Bound {
             tls,
             metrics,
             health,
+            source,
         } = self;
         if let Some(address) = config.admin_listen {
             isthmus_runtime::admin::serve(address, health.clone(), metrics.clone(), shutdown.clone()).await?;
@@ -151,21 +189,33 @@ impl Bound {
             config.remote_history,
         );
         let shared = Shared::new(store);
-        let followed = follow(
-            config.etcd.clone(),
-            config.connection.clone(),
-            [source::feed()],
-            shutdown.child_token(),
-        );
-        let source = {
-            let (shared, health, stop) = (shared.clone(), health.clone(), shutdown.clone());
-            tokio::spawn(async move {
-                source::run(followed, shared, health).await;
-                // Without it this server would serve what it knows now for ever, and say that all is well.
-                let early = !stop.is_cancelled();
-                stop.cancel();
-                early
-            })
+        let (source, embedded) = match source {
+            Source::Etcd(etcd) => {
+                let (shared, health, stop) = (shared.clone(), health.clone(), shutdown.clone());
+                let connection = config.connection.clone();
+                let followed = follow(etcd, connection, [source::feed()], shutdown.child_token());
+                let task = tokio::spawn(async move {
+                    source::run(followed, shared, health).await;
+                    // Without it this server would serve what it knows now for ever, and say that all is well.
+                    let early = !stop.is_cancelled();
+                    stop.cancel();
+                    anyhow::ensure!(!early, "the reader of the own etcd has ended without a reason");
+                    Ok(())
+                });
+                (task, None)
+            }
+            Source::Embedded(opened, kept) => {
+                let metrics = EmbeddedMetrics::new(&metrics);
+                let (handle, task) = embedded::start(*opened, shared.clone(), &health, metrics, kept);
+                let stop = shutdown.clone();
+                let task = tokio::spawn(async move {
+                    let result = task.run(stop.clone()).await;
+                    // Without it no write would be answered.
+                    stop.cancel();
+                    result.context("the embedded store failed")
+                });
+                (task, Some(handle))
+            }
         };
         let mut mirror = None;
         if let Some(directory) = config.clustermesh_config.clone() {
@@ -204,6 +254,7 @@ impl Bound {
             tls,
             config.cluster,
             shared,
+            embedded,
             config.limits,
             ServerMetrics::new(&metrics),
             shutdown.clone(),
@@ -214,9 +265,7 @@ impl Bound {
             // A panic in a task is worth more than a clean end.
             task.await.context("a task of the server panicked")?;
         }
-        if source.await.context("a task of the server panicked")? {
-            anyhow::bail!("the reader of the own etcd has ended without a reason");
-        }
+        source.await.context("a task of the server panicked")??;
         result
     }
 }

@@ -3,8 +3,10 @@
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
-use clap::Parser;
-use isthmus_clustermesh_apiserver::{Config, bind, server::ServerLimits, store::HistoryLimits};
+use clap::{Parser, ValueEnum};
+use isthmus_clustermesh_apiserver::{
+    Config, StoreConfig, bind, embedded::HistoryKept, server::ServerLimits, store::HistoryLimits,
+};
 use isthmus_kvstore::{EtcdConfig, Options};
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
 use isthmus_runtime::{
@@ -25,9 +27,26 @@ struct Args {
     /// Size of the mesh, 255 or 511; the same in every cluster.
     #[arg(long, env = "ISTHMUS_MAX_CONNECTED_CLUSTERS", default_value = "255")]
     max_connected_clusters: MaxConnectedClusters,
-    /// YAML file that says where this cluster's etcd is.
-    #[arg(long, env = "ISTHMUS_ETCD_CONFIG", value_name = "FILE")]
-    etcd_config: PathBuf,
+    /// Where this cluster's state is: in an etcd, or in a file of this server, which the local operator then writes to through
+    /// it. An embedded store is for a small cluster with a single replica.
+    #[arg(long, env = "ISTHMUS_STORE", value_enum, default_value = "etcd")]
+    store: StoreKind,
+    /// YAML file that says where this cluster's etcd is; with --store etcd.
+    #[arg(
+        long,
+        env = "ISTHMUS_ETCD_CONFIG",
+        value_name = "FILE",
+        required_if_eq("store", "etcd")
+    )]
+    etcd_config: Option<PathBuf>,
+    /// Directory of the embedded store, made if it is not there; with --store embedded.
+    #[arg(
+        long,
+        env = "ISTHMUS_DATA_DIR",
+        value_name = "DIR",
+        required_if_eq("store", "embedded")
+    )]
+    data_dir: Option<PathBuf>,
     /// Directory with a YAML file for each remote cluster, named like it. Without it nothing is mirrored.
     #[arg(long, env = "ISTHMUS_CLUSTERMESH_CONFIG", value_name = "DIR")]
     clustermesh_config: Option<PathBuf>,
@@ -50,6 +69,12 @@ struct Args {
     log: LogArgs,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum StoreKind {
+    Etcd,
+    Embedded,
+}
+
 fn main() -> ExitCode {
     command_line::exit_code(run(command_line::parse()))
 }
@@ -61,13 +86,24 @@ fn run(args: Args) -> anyhow::Result<()> {
     let max = args.max_connected_clusters;
     let cluster_id = ClusterId::new(args.cluster_id, max)
         .map_err(|error| usage("cluster-id", &args.cluster_id, error.to_string()))?;
-    let etcd = EtcdConfig::from_file(&args.etcd_config)
-        .map_err(|error| usage("etcd-config", &args.etcd_config.display(), chain(&error)))?;
+    // Which of the two is needed was checked when the arguments were read.
+    let store = match args.store {
+        StoreKind::Etcd => {
+            let path = args.etcd_config.unwrap_or_default();
+            let etcd = EtcdConfig::from_file(&path)
+                .map_err(|error| usage("etcd-config", &path.display(), chain(&error)))?;
+            StoreConfig::Etcd(etcd)
+        }
+        StoreKind::Embedded => StoreConfig::Embedded {
+            data_dir: args.data_dir.unwrap_or_default(),
+            kept: HistoryKept::default(),
+        },
+    };
     let config = Config {
         cluster: args.cluster_name,
         cluster_id,
         max,
-        etcd,
+        store,
         clustermesh_config: args.clustermesh_config,
         listen: args.listen,
         tls_cert_file: args.tls_cert_file,

@@ -174,3 +174,44 @@ impl StoreMetrics {
         }
     }
 }
+
+/// What the embedded store counts.
+#[derive(Clone, Debug)]
+pub struct EmbeddedMetrics {
+    /// Changes written.
+    pub writes: Counter,
+    /// Times that the disk was waited for; below the calls when these come in bursts.
+    pub flushes: Counter,
+    /// Keys' newest revision.
+    pub revision: Gauge,
+    /// Revision before which the past is forgotten.
+    pub compacted: Gauge,
+}
+
+impl EmbeddedMetrics {
+    /// Registers them.
+    pub fn new(metrics: &Metrics) -> Self {
+        Self {
+            writes: metrics.register(
+                "embedded_writes",
+                "Changes written to the embedded store",
+                Counter::default(),
+            ),
+            flushes: metrics.register(
+                "embedded_flushes",
+                "Times that the embedded store waited for the disk",
+                Counter::default(),
+            ),
+            revision: metrics.register(
+                "embedded_revision",
+                "Revision of the embedded store",
+                Gauge::default(),
+            ),
+            compacted: metrics.register(
+                "embedded_compacted_revision",
+                "Revision before which the embedded store knows nothing",
+                Gauge::default(),
+            ),
+        }
+    }
+}

@@ -3,7 +3,7 @@
 //! In: gRPC calls of peers whose certificates are verified. Out: answers that etcd's clients, Cilium's readers and our own
 //! understand as etcd's, down to the texts of errors, by which clients tell them apart.
 //!
-//! Invariants: a call outside the peer's key ranges, and every write, is refused; each answer carries a header with the
+//! Invariants: a call outside the peer's key ranges, and every write but the local operator's to an embedded store, is refused; each answer carries a header with the
 //! cluster ID of its view; nobody gets an event twice or misses one silently.
 
 mod accept;
@@ -12,6 +12,7 @@ pub mod errors;
 mod kv;
 mod stream;
 mod watch;
+mod write;
 
 use std::{
     net::SocketAddr,
@@ -29,7 +30,7 @@ use isthmus_tls::{Rights, ServerTls, rights::KeyRange};
 use tokio::net::TcpListener;
 use tonic::{Request, Status, transport::Server};
 
-use crate::{metrics::ServerMetrics, shared::Shared};
+use crate::{embedded::Embedded, metrics::ServerMetrics, shared::Shared};
 
 /// Bytes of a stream's requests that may wait to be read.
 const STREAM_WINDOW: u32 = 64 * 1024;
@@ -79,6 +80,10 @@ pub(crate) struct Context {
     pub(crate) metrics: ServerMetrics,
     pub(crate) address: SocketAddr,
     pub(crate) cluster: ClusterName,
+    /// Takes the local operator's writes; `None` = there is an etcd for them.
+    pub(crate) embedded: Option<Embedded>,
+    /// Streams end then.
+    pub(crate) shutdown: CancellationToken,
 }
 
 /// Who is on the other end of a connection.
@@ -104,11 +109,16 @@ impl Peer {
 }
 
 /// Serves on `listener` until `shutdown`; open streams then end with UNAVAILABLE, so that clients resume elsewhere.
+#[allow(
+    clippy::too_many_arguments,
+    reason = "each is one part that the server is put together from"
+)]
 pub async fn serve(
     listener: TcpListener,
     tls: ServerTls,
     cluster: ClusterName,
     shared: Shared,
+    embedded: Option<Embedded>,
     limits: ServerLimits,
     metrics: ServerMetrics,
     shutdown: CancellationToken,
@@ -119,6 +129,8 @@ pub async fn serve(
         limits,
         metrics,
         cluster,
+        embedded,
+        shutdown: shutdown.clone(),
     });
     let limit = context.limits.request_bytes;
     tokio::spawn({

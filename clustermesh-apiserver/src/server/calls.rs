@@ -1,4 +1,5 @@
-//! The calls around reading that clients make: leases to which nothing is ever attached, status, members, authentication.
+//! The calls around reading that clients make: leases, status, members, authentication. Readers' leases never have keys, so
+//! nothing is kept about them; a writer's are the embedded store's.
 
 use std::{pin::Pin, sync::Arc};
 
@@ -12,7 +13,7 @@ use isthmus_proto::etcdserverpb::{
 };
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Context, Peer, errors};
+use super::{Context, Peer, errors, write};
 use crate::store::{Route, SubId};
 
 /// TTL of every lease, in seconds: that of Cilium's readers.
@@ -32,7 +33,7 @@ impl Calls {
     }
 }
 
-fn own_header(context: &Context) -> Result<ResponseHeader, Status> {
+pub(super) fn own_header(context: &Context) -> Result<ResponseHeader, Status> {
     let own = Route::Sub(SubId::Own);
     context.shared.read(|store| {
         if store.is_served(&own) {
@@ -49,6 +50,9 @@ impl lease_server::Lease for Calls {
         &self,
         request: Request<LeaseGrantRequest>,
     ) -> Result<Response<LeaseGrantResponse>, Status> {
+        if let Some(embedded) = write::writer(&self.0, &request) {
+            return write::lease_grant(&self.0, embedded, request.into_inner()).await;
+        }
         let header = self.header(&request)?;
         let request = request.into_inner();
         let id = match request.id {
@@ -67,6 +71,9 @@ impl lease_server::Lease for Calls {
         &self,
         request: Request<LeaseRevokeRequest>,
     ) -> Result<Response<LeaseRevokeResponse>, Status> {
+        if let Some(embedded) = write::writer(&self.0, &request) {
+            return write::lease_revoke(&self.0, embedded, request.into_inner()).await;
+        }
         let header = Some(self.header(&request)?);
         Ok(Response::new(LeaseRevokeResponse { header }))
     }
@@ -79,6 +86,11 @@ impl lease_server::Lease for Calls {
     ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
         self.header(&request)?;
         let context = self.0.clone();
+        let stop = context.shutdown.clone().cancelled_owned();
+        if let Some(embedded) = write::writer(&context, &request) {
+            let answers = write::lease_keep_alive(context.clone(), embedded.clone(), request.into_inner());
+            return Ok(Response::new(Box::pin(answers.take_until(stop))));
+        }
         let answers = request.into_inner().map(move |request| {
             Ok(LeaseKeepAliveResponse {
                 header: Some(own_header(&context)?),
@@ -86,7 +98,7 @@ impl lease_server::Lease for Calls {
                 ttl: LEASE_TTL,
             })
         });
-        Ok(Response::new(Box::pin(answers)))
+        Ok(Response::new(Box::pin(answers.take_until(stop))))
     }
 
     async fn lease_time_to_live(
@@ -94,6 +106,9 @@ impl lease_server::Lease for Calls {
         request: Request<LeaseTimeToLiveRequest>,
     ) -> Result<Response<LeaseTimeToLiveResponse>, Status> {
         let header = Some(self.header(&request)?);
+        if let Some(embedded) = write::writer(&self.0, &request) {
+            return write::lease_time_to_live(header, embedded, request.into_inner()).await;
+        }
         Ok(Response::new(LeaseTimeToLiveResponse {
             header,
             id: request.into_inner().id,
@@ -108,10 +123,11 @@ impl lease_server::Lease for Calls {
         request: Request<LeaseLeasesRequest>,
     ) -> Result<Response<LeaseLeasesResponse>, Status> {
         let header = Some(self.header(&request)?);
-        Ok(Response::new(LeaseLeasesResponse {
-            header,
-            leases: Vec::new(),
-        }))
+        let leases = match write::writer(&self.0, &request) {
+            Some(embedded) => write::leases(embedded).await?,
+            None => Vec::new(),
+        };
+        Ok(Response::new(LeaseLeasesResponse { header, leases }))
     }
 }
 

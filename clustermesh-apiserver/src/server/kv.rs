@@ -1,4 +1,4 @@
-//! The KV service: Range. Every write is refused.
+//! The KV service: Range, and writes for those who may ([`write`](super::write)).
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use isthmus_tls::rights::KeyRange;
 use prost::Message;
 use tonic::{Request, Response, Status};
 
-use super::{Context, Peer, errors};
+use super::{Context, Peer, errors, write};
 use crate::store::RangeError;
 
 /// Keys of a page as etcd's and Cilium's readers ask for them; a page is answered whatever its size.
@@ -87,22 +87,25 @@ impl kv_server::Kv for Kv {
         Ok(Response::new(answer))
     }
 
-    async fn put(&self, _: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
-        Err(errors::permission_denied())
+    async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
+        write::put(&self.0, request).await
     }
 
     async fn delete_range(
         &self,
-        _: Request<DeleteRangeRequest>,
+        request: Request<DeleteRangeRequest>,
     ) -> Result<Response<DeleteRangeResponse>, Status> {
-        Err(errors::permission_denied())
+        write::delete_range(&self.0, request).await
     }
 
-    async fn txn(&self, _: Request<TxnRequest>) -> Result<Response<TxnResponse>, Status> {
-        Err(errors::permission_denied())
+    async fn txn(&self, request: Request<TxnRequest>) -> Result<Response<TxnResponse>, Status> {
+        write::txn(&self.0, request).await
     }
 
-    async fn compact(&self, _: Request<CompactionRequest>) -> Result<Response<CompactionResponse>, Status> {
-        Err(errors::permission_denied())
+    async fn compact(
+        &self,
+        request: Request<CompactionRequest>,
+    ) -> Result<Response<CompactionResponse>, Status> {
+        write::compact(&self.0, request).await
     }
 }

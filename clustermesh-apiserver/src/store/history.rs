@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
-use super::entry::Batch;
+use super::{Store, SubId, entry::Batch};
 
 /// How much history is kept. What is dropped counts as compacted.
 #[derive(Clone, Copy, Debug)]
@@ -77,9 +77,27 @@ impl History {
         }
     }
 
+    /// Forgets batches before `revision`, whose content is the oldest that can be told then.
+    pub(super) fn compact(&mut self, revision: i64) {
+        while let Some((_, batch)) = self.batches.pop_front_if(|(at, _)| *at < revision) {
+            self.bytes -= batch.bytes();
+        }
+        self.floor = self.floor.max(revision - 1);
+        self.content_floor = self.content_floor.max(revision);
+    }
+
     /// Batches from `revision` on, oldest first.
     pub(super) fn since(&self, revision: i64) -> impl Iterator<Item = &Arc<Batch>> {
         let start = self.batches.partition_point(|(at, _)| *at < revision);
         self.batches.range(start..).map(|(_, batch)| batch)
+    }
+}
+
+impl Store {
+    /// Forgets what a source's history held before `revision`. The merged view keeps to its own limits.
+    pub fn compact(&mut self, id: &SubId, revision: i64) {
+        if let Some(sub) = self.subs.get_mut(id) {
+            sub.history.compact(revision);
+        }
     }
 }

@@ -12,7 +12,9 @@ use std::{
 
 use bytes::Bytes;
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
-use isthmus_clustermesh_apiserver::{Config, bind, server::ServerLimits, store::HistoryLimits};
+use isthmus_clustermesh_apiserver::{
+    Config, StoreConfig, bind, embedded::HistoryKept, server::ServerLimits, store::HistoryLimits,
+};
 use isthmus_kvstore::{Change, EtcdConfig, Feed, Options, Update, Writer, WriterOptions, follow};
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
 use isthmus_runtime::{CancellationToken, Health};
@@ -269,7 +271,7 @@ pub fn config(name: &str, id: u32, etcd: EtcdConfig, pki: &Pki) -> Config {
         cluster: ClusterName::new(name).unwrap(),
         cluster_id: cluster_id(id),
         max: MaxConnectedClusters::C255,
-        etcd,
+        store: StoreConfig::Etcd(etcd),
         clustermesh_config: None,
         listen: "127.0.0.1:0".parse().unwrap(),
         tls_cert_file,
@@ -283,6 +285,18 @@ pub fn config(name: &str, id: u32, etcd: EtcdConfig, pki: &Pki) -> Config {
         },
         history: HistoryLimits::default(),
         remote_history: Config::REMOTE_HISTORY,
+    }
+}
+
+/// The same with an embedded store in `data_dir`.
+pub fn embedded(name: &str, id: u32, data_dir: &Path, pki: &Pki) -> Config {
+    let nowhere = EtcdConfig::parse("endpoints: ['http://127.0.0.1:1']").unwrap();
+    Config {
+        store: StoreConfig::Embedded {
+            data_dir: data_dir.to_owned(),
+            kept: HistoryKept::default(),
+        },
+        ..config(name, id, nowhere, pki)
     }
 }
 
@@ -425,11 +439,15 @@ pub struct Publisher {
 
 impl Publisher {
     pub fn start(etcd: &Etcd) -> Self {
+        Self::to(etcd.config())
+    }
+
+    pub fn to(config: EtcdConfig) -> Self {
         let shutdown = CancellationToken::new();
         let mut options = WriterOptions::new(["cilium/", "isthmus/"]);
         options.connection = quick();
         options.heartbeat = Some(Duration::from_millis(300));
-        let (writer, _) = Writer::start(etcd.config(), options, shutdown.clone());
+        let (writer, _) = Writer::start(config, options, shutdown.clone());
         Self {
             writer,
             _stop: shutdown.drop_guard(),

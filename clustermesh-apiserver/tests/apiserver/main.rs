@@ -8,11 +8,13 @@
 )]
 
 mod clusters;
+mod embedded;
 mod hostile;
 mod lab;
 mod mirror;
 mod reads;
 mod restart;
 mod rights;
+mod script;
 mod survive;
 mod writer;

@@ -1,0 +1,135 @@
+//! Reads inside a transaction: comparisons and ranges over the state as the transaction sees it. Pure.
+
+use std::{cmp::Ordering, collections::BTreeMap, ops::Bound};
+
+use bytes::Bytes;
+use isthmus_proto::{
+    etcdserverpb::{
+        Compare, RangeRequest, RangeResponse, ResponseHeader,
+        compare::{CompareResult, CompareTarget, TargetUnion},
+        range_request::{SortOrder, SortTarget},
+    },
+    mvccpb::KeyValue,
+};
+
+use super::state::Record;
+
+pub(super) type Content = BTreeMap<Bytes, Record>;
+type Bounds<'b> = (Bound<&'b [u8]>, Bound<&'b [u8]>);
+
+/// The keys that etcd means by these two fields.
+pub(super) fn between<'c>(
+    content: &'c Content,
+    key: &[u8],
+    range_end: &[u8],
+) -> impl Iterator<Item = &'c KeyValue> {
+    let bounds: Option<Bounds<'_>> = match range_end {
+        [] => Some((Bound::Included(key), Bound::Included(key))),
+        [0] => Some((Bound::Included(key), Bound::Unbounded)),
+        end if end > key => Some((Bound::Included(key), Bound::Excluded(end))),
+        _ => None,
+    };
+    let range = bounds.map(|bounds| content.range::<[u8], _>(bounds));
+    range.into_iter().flatten().map(|(_, record)| &record.kv)
+}
+
+/// Answers `request`, whose revision is the present one, at `revision`.
+pub(super) fn range(content: &Content, revision: i64, request: &RangeRequest) -> RangeResponse {
+    let all = || between(content, &request.key, &request.range_end);
+    let mut response = RangeResponse {
+        header: Some(ResponseHeader {
+            revision,
+            ..Default::default()
+        }),
+        count: all().count() as i64,
+        ..Default::default()
+    };
+    if request.count_only {
+        return response;
+    }
+    let within = |at: i64, min: i64, max: i64| (min == 0 || at >= min) && (max == 0 || at <= max);
+    let mut page: Vec<&KeyValue> = all()
+        .filter(|kv| {
+            within(
+                kv.mod_revision,
+                request.min_mod_revision,
+                request.max_mod_revision,
+            ) && within(
+                kv.create_revision,
+                request.min_create_revision,
+                request.max_create_revision,
+            )
+        })
+        .collect();
+    let (target, order) = (request.sort_target(), request.sort_order());
+    if order != SortOrder::None || target != SortTarget::Key {
+        // Equal ones stay in key order, also when descending.
+        page.sort_by(|a, b| {
+            let ordering = match target {
+                SortTarget::Key => a.key.cmp(&b.key),
+                SortTarget::Version => a.version.cmp(&b.version),
+                SortTarget::Create => a.create_revision.cmp(&b.create_revision),
+                SortTarget::Mod => a.mod_revision.cmp(&b.mod_revision),
+                SortTarget::Value => a.value.cmp(&b.value),
+            };
+            if order == SortOrder::Descend {
+                ordering.reverse()
+            } else {
+                ordering
+            }
+        });
+    }
+    if let Some(limit) = usize::try_from(request.limit).ok().filter(|limit| *limit > 0)
+        && page.len() > limit
+    {
+        page.truncate(limit);
+        response.more = true;
+    }
+    response.kvs = page.into_iter().cloned().collect();
+    if request.keys_only {
+        response.kvs.iter_mut().for_each(|kv| kv.value = Bytes::new());
+    }
+    response
+}
+
+/// Whether every key of the comparison's range holds to it. Without any key, an absent one is compared.
+pub(super) fn holds(content: &Content, compare: &Compare) -> bool {
+    let mut keys = between(content, &compare.key, &compare.range_end).peekable();
+    if keys.peek().is_none() {
+        // An absent key has no value, not even an empty one.
+        return compare.target() != CompareTarget::Value && holds_for(compare, &KeyValue::default());
+    }
+    keys.all(|kv| holds_for(compare, kv))
+}
+
+fn holds_for(compare: &Compare, kv: &KeyValue) -> bool {
+    let asked = compare.target_union.as_ref();
+    let number = match asked {
+        Some(
+            TargetUnion::Version(n)
+            | TargetUnion::CreateRevision(n)
+            | TargetUnion::ModRevision(n)
+            | TargetUnion::Lease(n),
+        ) => *n,
+        Some(TargetUnion::Value(_)) | None => 0,
+    };
+    let ordering = match compare.target() {
+        CompareTarget::Version => kv.version.cmp(&number),
+        CompareTarget::Create => kv.create_revision.cmp(&number),
+        CompareTarget::Mod => kv.mod_revision.cmp(&number),
+        CompareTarget::Lease => kv.lease.cmp(&number),
+        CompareTarget::Value => {
+            let value: &[u8] = match asked {
+                Some(TargetUnion::Value(value)) => value,
+                _ => &[],
+            };
+            kv.value[..].cmp(value)
+        }
+    };
+    match compare.result() {
+        CompareResult::Equal => ordering == Ordering::Equal,
+        CompareResult::NotEqual => ordering != Ordering::Equal,
+        CompareResult::Greater => ordering == Ordering::Greater,
+        CompareResult::Less => ordering == Ordering::Less,
+    }
+}

@@ -1,0 +1,227 @@
+//! Writes: of the local operator, to the embedded store. Everybody else's, and all of them where an etcd is, are refused.
+//!
+//! A write must lie in the own cluster's part of the keyspace: mirrored keys and this server's own are nobody's to change.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use isthmus_proto::etcdserverpb::{
+    CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, LeaseGrantRequest,
+    LeaseGrantResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseRevokeRequest,
+    LeaseRevokeResponse, LeaseStatus, LeaseTimeToLiveRequest, LeaseTimeToLiveResponse, PutRequest,
+    PutResponse, ResponseHeader, TxnRequest, TxnResponse, request_op,
+};
+use isthmus_tls::rights::KeyRange;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Context, Peer, calls::own_header, errors};
+use crate::{
+    embedded::{Answer, CallError, Command, Embedded, granted_ttl},
+    store::{Route, Store, SubId},
+};
+
+/// The embedded store, if there is one and the sender of `request` may write to it: the administrator of this cluster,
+/// which is the name that its operator has.
+pub(super) fn writer<'c, T>(context: &'c Context, request: &Request<T>) -> Option<&'c Embedded> {
+    let embedded = context.embedded.as_ref()?;
+    let peer = Peer::of(request).ok()?;
+    let cluster = peer.name.strip_prefix("admin-")?;
+    (cluster == context.cluster.as_str()).then_some(embedded)
+}
+
+impl From<CallError> for Status {
+    fn from(error: CallError) -> Self {
+        match error {
+            CallError::Refused(refusal) => refusal.into(),
+            CallError::Stopped => errors::stopped(),
+        }
+    }
+}
+
+/// The header of an answer at `revision`.
+fn header(context: &Context, revision: i64) -> Result<ResponseHeader, Status> {
+    let header = own_header(context)?;
+    Ok(ResponseHeader { revision, ..header })
+}
+
+fn fill(context: &Context, part: &mut Option<ResponseHeader>) -> Result<(), Status> {
+    let revision = part.as_ref().map_or(0, |header| header.revision);
+    *part = Some(header(context, revision)?);
+    Ok(())
+}
+
+/// Whether all that lies between is the own cluster's. Nothing is, too.
+fn is_own(store: &Store, key: &[u8], range_end: &[u8]) -> bool {
+    let range = KeyRange::from_etcd(key, range_end);
+    if range_end.is_empty() {
+        return store.is_own(key);
+    }
+    range.is_empty() || store.route(&range) == Route::Sub(SubId::Own)
+}
+
+fn txn_is_own(store: &Store, request: &TxnRequest) -> bool {
+    let own = |key: &Bytes, end: &Bytes| is_own(store, key, end);
+    let mut compares = request.compare.iter();
+    let mut ops = request.success.iter().chain(&request.failure);
+    compares.all(|compare| own(&compare.key, &compare.range_end))
+        && ops.all(|op| match &op.request {
+            Some(request_op::Request::RequestRange(range)) => own(&range.key, &range.range_end),
+            Some(request_op::Request::RequestPut(put)) => own(&put.key, &Bytes::new()),
+            Some(request_op::Request::RequestDeleteRange(delete)) => own(&delete.key, &delete.range_end),
+            Some(request_op::Request::RequestTxn(txn)) => txn_is_own(store, txn),
+            None => true,
+        })
+}
+
+async fn write<T>(
+    context: &Context,
+    request: Request<T>,
+    own: impl FnOnce(&Store, &T) -> bool,
+    command: impl FnOnce(T) -> Command,
+) -> Result<Answer, Status> {
+    let Some(embedded) = writer(context, &request) else {
+        return Err(errors::permission_denied());
+    };
+    let request = request.into_inner();
+    if !context.shared.read(|store| own(store, &request)) {
+        return Err(errors::permission_denied());
+    }
+    Ok(embedded.call(command(request)).await?)
+}
+
+/// What an answer of another kind than its question's would be.
+fn mismatch() -> Status {
+    Status::internal("the store's answer is none to this call")
+}
+
+pub(super) async fn put(
+    context: &Context,
+    request: Request<PutRequest>,
+) -> Result<Response<PutResponse>, Status> {
+    let own = |store: &Store, put: &PutRequest| is_own(store, &put.key, &[]);
+    let Answer::Put(mut response) = write(context, request, own, Command::Put).await? else {
+        return Err(mismatch());
+    };
+    fill(context, &mut response.header)?;
+    Ok(Response::new(response))
+}
+
+pub(super) async fn delete_range(
+    context: &Context,
+    request: Request<DeleteRangeRequest>,
+) -> Result<Response<DeleteRangeResponse>, Status> {
+    let own = |store: &Store, delete: &DeleteRangeRequest| is_own(store, &delete.key, &delete.range_end);
+    let Answer::Delete(mut response) = write(context, request, own, Command::Delete).await? else {
+        return Err(mismatch());
+    };
+    fill(context, &mut response.header)?;
+    Ok(Response::new(response))
+}
+
+pub(super) async fn txn(
+    context: &Context,
+    request: Request<TxnRequest>,
+) -> Result<Response<TxnResponse>, Status> {
+    let Answer::Txn(mut response) = write(context, request, txn_is_own, Command::Txn).await? else {
+        return Err(mismatch());
+    };
+    fill(context, &mut response.header)?;
+    Ok(Response::new(response))
+}
+
+pub(super) async fn compact(
+    context: &Context,
+    request: Request<CompactionRequest>,
+) -> Result<Response<CompactionResponse>, Status> {
+    let compact = |request: CompactionRequest| Command::Compact(request.revision);
+    let revision = done(write(context, request, |_, _| true, compact).await?)?;
+    Ok(Response::new(CompactionResponse {
+        header: Some(header(context, revision)?),
+    }))
+}
+
+fn done(answer: Answer) -> Result<i64, Status> {
+    match answer {
+        Answer::Done { revision } => Ok(revision),
+        _ => Err(mismatch()),
+    }
+}
+
+// Leases of the operator.
+
+pub(super) async fn lease_grant(
+    context: &Context,
+    embedded: &Embedded,
+    request: LeaseGrantRequest,
+) -> Result<Response<LeaseGrantResponse>, Status> {
+    let id = match request.id {
+        0 => rand::random_range(1..i64::MAX),
+        id => id,
+    };
+    let ttl = granted_ttl(request.ttl);
+    let revision = done(embedded.call(Command::Grant { id, ttl }).await?)?;
+    Ok(Response::new(LeaseGrantResponse {
+        header: Some(header(context, revision)?),
+        id,
+        ttl,
+        error: String::new(),
+    }))
+}
+
+pub(super) async fn lease_revoke(
+    context: &Context,
+    embedded: &Embedded,
+    request: LeaseRevokeRequest,
+) -> Result<Response<LeaseRevokeResponse>, Status> {
+    let revision = done(embedded.call(Command::Revoke(request.id)).await?)?;
+    let header = Some(header(context, revision)?);
+    Ok(Response::new(LeaseRevokeResponse { header }))
+}
+
+pub(super) fn lease_keep_alive(
+    context: Arc<Context>,
+    embedded: Embedded,
+    requests: Streaming<LeaseKeepAliveRequest>,
+) -> impl Stream<Item = Result<LeaseKeepAliveResponse, Status>> + Send {
+    requests.then(move |request| {
+        let (context, embedded) = (context.clone(), embedded.clone());
+        async move {
+            let id = request?.id;
+            let ttl = embedded.keep_alive(id).await?;
+            Ok(LeaseKeepAliveResponse {
+                header: Some(own_header(&context)?),
+                id,
+                // 0 tells that there is none.
+                ttl: ttl.unwrap_or_default(),
+            })
+        }
+    })
+}
+
+pub(super) async fn lease_time_to_live(
+    header: Option<ResponseHeader>,
+    embedded: &Embedded,
+    request: LeaseTimeToLiveRequest,
+) -> Result<Response<LeaseTimeToLiveResponse>, Status> {
+    let lease = embedded.lease(request.id).await?;
+    let (ttl, granted_ttl, mut keys) = match lease {
+        Some(lease) => (lease.left, lease.ttl, lease.keys),
+        None => (-1, 0, Vec::new()),
+    };
+    if !request.keys {
+        keys.clear();
+    }
+    Ok(Response::new(LeaseTimeToLiveResponse {
+        header,
+        id: request.id,
+        ttl,
+        granted_ttl,
+        keys,
+    }))
+}
+
+pub(super) async fn leases(embedded: &Embedded) -> Result<Vec<LeaseStatus>, Status> {
+    let ids = embedded.leases().await?;
+    Ok(ids.into_iter().map(|id| LeaseStatus { id }).collect())
+}
