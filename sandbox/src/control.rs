@@ -134,7 +134,7 @@ pub struct ClusterStatus {
     pub id: u16,
     /// The URL of its Kubernetes API.
     pub kube_api: String,
-    /// The URL of its etcd, for programs of the machine.
+    /// The URL of its etcd, for programs of the machine; with an embedded store the API server's, for its certificates.
     pub etcd: String,
     /// The URL of its clustermesh-apiserver, inside the sandbox.
     pub apiserver: String,

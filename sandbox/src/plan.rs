@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 pub use commands::{ComponentPlan, Forward, Place, ReadyCheck, etcd_config_yaml};
 pub use links::{NamespaceSetup, namespace_setups, root_batch};
-pub use request::{ClusterRequest, MAX_CLUSTERS, MAX_NODES, Request, RequestError, is_label};
+pub use request::{ClusterRequest, MAX_CLUSTERS, MAX_NODES, Request, RequestError, StoreKind, is_label};
 
 /// The port of the Kubernetes API emulator.
 pub const KUBE_API_PORT: u16 = 6443;
@@ -63,6 +63,9 @@ pub struct Plan {
     pub machine: Machine,
     /// Whether Isthmus' own components run (hidden option; off = etcd and the emulators only).
     pub components: bool,
+    /// Where each cluster keeps its state.
+    #[serde(default)]
+    pub store: StoreKind,
     /// The clusters, in the order they were asked for.
     pub clusters: Vec<ClusterPlan>,
 }
@@ -121,6 +124,7 @@ impl Plan {
             index,
             machine,
             components: request.components,
+            store: request.store,
             clusters,
         }
     }

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::plan::Machine;
+use crate::plan::{Machine, StoreKind};
 use crate::{bpffs, cgroup};
 
 /// Isthmus' own binaries that a sandbox runs.
@@ -17,22 +17,25 @@ pub const BINARIES: [&str; 4] = [
 ];
 
 /// The tools of the machine that a sandbox runs, and where Debian has them.
-const TOOLS: [(&str, &str); 4] = [
-    ("ip", "iproute2"),
-    ("nsenter", "util-linux"),
-    ("etcd", "etcd-server"),
-    ("sh", "dash"),
-];
+const TOOLS: [(&str, &str); 3] = [("ip", "iproute2"), ("nsenter", "util-linux"), ("sh", "dash")];
+
+/// What a sandbox runs besides, unless its stores are embedded.
+const ETCD: (&str, &str) = ("etcd", "etcd-server");
 
 /// Looks for everything and mounts the BPF file system when it is not mounted.
 /// `components` is off when Isthmus' own programs are not going to run.
-pub fn check(state_root: &Path, bin_dir: &Path, components: bool) -> Result<Machine, Vec<String>> {
+pub fn check(
+    state_root: &Path,
+    bin_dir: &Path,
+    components: bool,
+    store: StoreKind,
+) -> Result<Machine, Vec<String>> {
     if !nix::unistd::geteuid().is_root() {
         return Err(vec![
             "a sandbox makes network namespaces and loads BPF programs: run it as root (sudo)".into(),
         ]);
     }
-    let mut missing = missing_tools();
+    let mut missing = missing_tools(store);
     if components {
         missing.extend(missing_binaries(bin_dir));
     }
@@ -73,9 +76,11 @@ pub fn default_bin_dir() -> PathBuf {
     current.parent().unwrap_or(Path::new("/usr/bin")).into()
 }
 
-fn missing_tools() -> Vec<String> {
+fn missing_tools(store: StoreKind) -> Vec<String> {
+    let etcd = (store == StoreKind::Etcd).then_some(&ETCD);
     TOOLS
         .iter()
+        .chain(etcd)
         .filter(|(tool, _)| !is_in_path(tool))
         .map(|(tool, package)| format!("`{tool}` is not in PATH: install it (Debian's package is {package})"))
         .collect()

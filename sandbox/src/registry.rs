@@ -156,6 +156,7 @@ mod tests {
             nodes: 1,
             ipv6: true,
             components: true,
+            store: crate::plan::StoreKind::Etcd,
         }
     }
 

@@ -28,7 +28,7 @@ use self::progress::Progress;
 use crate::control::{ClusterStatus, NodeStatus, Phase, Request, Response, StatusReport};
 use crate::kubelet::node::Node;
 use crate::kubelet::pods::{PodLogs, Pods};
-use crate::plan::{ClusterPlan, Plan};
+use crate::plan::{ClusterPlan, Plan, StoreKind};
 use crate::{cgroup, netns, pki, registry};
 
 /// How long each step of the start may take before it counts as failed.
@@ -412,7 +412,10 @@ impl Supervisor {
             name: cluster.name.clone(),
             id: cluster.id,
             kube_api: format!("http://{}", cluster.kube_api()),
-            etcd: format!("http://{}", cluster.etcd()),
+            etcd: match self.plan.store {
+                StoreKind::Etcd => format!("http://{}", cluster.etcd()),
+                StoreKind::Embedded => format!("https://{}", cluster.apiserver()),
+            },
             apiserver: format!("https://{}", cluster.apiserver()),
             link_up: !links_down.contains(&cluster.name),
             nodes: cluster.nodes.iter().map(node_status).collect(),

@@ -11,7 +11,7 @@ use clap::Args;
 use super::{say, usage};
 use crate::client::ClientError;
 use crate::control::Phase;
-use crate::plan::{ClusterRequest, Plan, Request, RequestError};
+use crate::plan::{ClusterRequest, Plan, Request, RequestError, StoreKind};
 use crate::{SandboxClient, prerequisites, registry, teardown};
 
 /// How much of the supervisor's log is shown when it fails.
@@ -40,6 +40,9 @@ pub struct UpArgs {
     /// Whether pods and services have IPv6 addresses beside IPv4 ones.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = true, default_missing_value = "true", action = clap::ArgAction::Set)]
     ipv6: bool,
+    /// Where each cluster keeps its state: in an etcd, or in a file of its API server, without any etcd.
+    #[arg(long, value_enum, default_value = "etcd")]
+    store: StoreKind,
     /// How long to wait until everything is ready, in seconds.
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_value_t = 120, default_missing_value = "120")]
     wait: u64,
@@ -66,6 +69,7 @@ impl UpArgs {
             named: vec![],
             nodes: 2,
             ipv6: true,
+            store: StoreKind::Etcd,
             wait: 120,
             no_wait: false,
             keep_failed: false,
@@ -86,7 +90,7 @@ pub async fn run(args: UpArgs, state_root: &Path) -> anyhow::Result<ExitCode> {
         .unwrap_or_else(prerequisites::default_bin_dir);
     let bin_dir =
         std::path::absolute(&bin_dir).with_context(|| format!("--bin-dir {}", bin_dir.display()))?;
-    let machine = match prerequisites::check(state_root, &bin_dir, request.components) {
+    let machine = match prerequisites::check(state_root, &bin_dir, request.components, request.store) {
         Ok(machine) => machine,
         Err(missing) => bail!(
             "this machine cannot run a sandbox yet:\n- {}",
@@ -131,6 +135,7 @@ fn request_of(args: &UpArgs) -> Result<Request, RequestError> {
         nodes: args.nodes,
         ipv6: args.ipv6,
         components: !args.no_components,
+        store: args.store,
     };
     request.check()?;
     Ok(request)

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::{
     AGENT_ADMIN_PORT, APISERVER_ADMIN_PORT, ClusterPlan, ETCD_PORT, KUBE_API_PORT, NodePlan,
-    OPERATOR_ADMIN_PORT, Plan,
+    OPERATOR_ADMIN_PORT, Plan, StoreKind,
 };
 
 /// One supervised process.
@@ -61,7 +61,10 @@ const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 impl Plan {
     /// All components, in the order in which they are started.
     pub fn components(&self) -> Vec<ComponentPlan> {
-        let mut all: Vec<ComponentPlan> = self.clusters.iter().map(|cluster| self.etcd(cluster)).collect();
+        let mut all: Vec<ComponentPlan> = match self.store {
+            StoreKind::Etcd => self.clusters.iter().map(|cluster| self.etcd(cluster)).collect(),
+            StoreKind::Embedded => Vec::new(),
+        };
         if self.components {
             for cluster in &self.clusters {
                 all.push(self.operator(cluster));
@@ -86,7 +89,9 @@ impl Plan {
                 target_netns: Some(cluster.netns.clone()),
                 target: SocketAddr::new(LOCALHOST, port),
             };
-            all.extend([ETCD_PORT, OPERATOR_ADMIN_PORT, APISERVER_ADMIN_PORT].map(inward));
+            // An embedded store is reached where the API server listens.
+            all.extend((self.store == StoreKind::Etcd).then(|| inward(ETCD_PORT)));
+            all.extend([OPERATOR_ADMIN_PORT, APISERVER_ADMIN_PORT].map(inward));
             all.push(Forward {
                 listen_netns: Some(cluster.netns.clone()),
                 listen: SocketAddr::new(LOCALHOST, KUBE_API_PORT),
@@ -108,7 +113,7 @@ impl Plan {
         self.cluster_dir(cluster).join("operator-kubeconfig")
     }
 
-    /// The etcd configuration of the operator and the API server: their own cluster's etcd.
+    /// The etcd configuration of the operator, and of the API server where it is not the store itself.
     pub fn own_etcd_config(&self, cluster: &str) -> PathBuf {
         self.cluster_dir(cluster).join("etcd.yaml")
     }
@@ -201,13 +206,25 @@ impl Plan {
         let name = format!("{}/apiserver", cluster.name);
         let admin = SocketAddr::new(LOCALHOST, APISERVER_ADMIN_PORT);
         let pki = self.pki_dir();
+        let store = match self.store {
+            StoreKind::Etcd => flags([(
+                "--etcd-config",
+                self.own_etcd_config(&cluster.name).display().to_string(),
+            )]),
+            StoreKind::Embedded => flags([
+                ("--store", "embedded".into()),
+                (
+                    "--data-dir",
+                    self.cluster_dir(&cluster.name)
+                        .join("store")
+                        .display()
+                        .to_string(),
+                ),
+            ]),
+        };
         let args = [
             ("--cluster-name", cluster.name.clone()),
             ("--cluster-id", cluster.id.to_string()),
-            (
-                "--etcd-config",
-                self.own_etcd_config(&cluster.name).display().to_string(),
-            ),
             (
                 "--clustermesh-config",
                 self.clustermesh_dir(&cluster.name).display().to_string(),
@@ -233,7 +250,7 @@ impl Plan {
             name,
             place: self.control_place(cluster),
             program: self.machine.bin_dir.join("isthmus-clustermesh-apiserver"),
-            args: flags(args),
+            args: [flags(args), store].concat(),
             ready: ReadyCheck {
                 address: admin,
                 path: "/readyz",

@@ -2,6 +2,9 @@
 
 use std::collections::BTreeSet;
 
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
 /// What to build.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
@@ -15,6 +18,19 @@ pub struct Request {
     pub ipv6: bool,
     /// Whether Isthmus' own components run.
     pub components: bool,
+    /// Where each cluster keeps its state.
+    pub store: StoreKind,
+}
+
+/// Where a cluster's state is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum StoreKind {
+    /// In an etcd.
+    #[default]
+    Etcd,
+    /// In a file of its API server.
+    Embedded,
 }
 
 /// One cluster to build.

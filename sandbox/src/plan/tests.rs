@@ -20,6 +20,7 @@ fn request(clusters: usize, nodes: u8) -> Request {
         nodes,
         ipv6: true,
         components: true,
+        store: StoreKind::Etcd,
     }
 }
 
@@ -126,6 +127,42 @@ fn every_component_has_its_own_name_log_and_readiness() {
         .map(|component| (&component.place.netns, component.ready.address))
         .collect();
     assert_eq!((logs.len(), checks.len()), (10, 10));
+}
+
+#[test]
+fn an_embedded_store_takes_the_place_of_etcd() {
+    let embedded = Request {
+        store: StoreKind::Embedded,
+        ..request(2, 1)
+    };
+    let plan = Plan::new(&embedded, 0, machine());
+    let components = plan.components();
+    let names: Vec<&str> = components
+        .iter()
+        .map(|component| component.name.as_str())
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "east/operator",
+            "east/apiserver",
+            "west/operator",
+            "west/apiserver",
+            "east-1/agent",
+            "west-1/agent"
+        ]
+    );
+    let args = &components[1].args;
+    for want in [
+        "--store=embedded",
+        "--data-dir=/run/isthmus-sandbox/default/clusters/east/store",
+    ] {
+        assert!(args.iter().any(|arg| arg == want), "{want} is not in {args:?}");
+    }
+    assert!(!args.iter().any(|arg| arg.starts_with("--etcd-config")));
+    let etcd_port = |forward: &Forward| forward.listen.port() == ETCD_PORT;
+    let inward = plan.forwards().into_iter().filter(etcd_port).count();
+    assert_eq!(inward, 0);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use isthmus_sandbox_kube::kubeconfig_yaml;
 use serde_json::json;
 
 use crate::pki;
-use crate::plan::{ETCD_PORT, KUBE_API_PORT, Plan, etcd_config_yaml};
+use crate::plan::{ETCD_PORT, KUBE_API_PORT, Plan, StoreKind, etcd_config_yaml};
 
 /// A file or directory that could not be written.
 #[derive(Debug, thiserror::Error)]
@@ -26,7 +26,14 @@ pub fn write_all(plan: &Plan) -> Result<(), WriteError> {
         let name = &cluster.name;
         let mesh = plan.clustermesh_dir(name);
         directory(&mesh)?;
-        let own = etcd_config_yaml(&format!("http://127.0.0.1:{ETCD_PORT}"), None);
+        let own = match plan.store {
+            StoreKind::Etcd => etcd_config_yaml(&format!("http://127.0.0.1:{ETCD_PORT}"), None),
+            // The API server takes writes from the cluster's administrator.
+            StoreKind::Embedded => {
+                let admin = pki::client_pair(plan, "admin", name);
+                etcd_config_yaml(&https(cluster.apiserver()), Some(admin))
+            }
+        };
         write(&plan.own_etcd_config(name), &own)?;
         let local = Some(pki::client_pair(plan, "local", name));
         write(
