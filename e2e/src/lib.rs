@@ -25,20 +25,29 @@ pub struct Sandbox {
 impl Sandbox {
     /// Builds `clusters` clusters of `nodes` nodes and waits until they are ready. Removes an earlier one of that name first.
     pub async fn up(name: &str, clusters: u8, nodes: u8) -> anyhow::Result<Self> {
+        Self::up_with(name, clusters, nodes, &[]).await
+    }
+
+    /// The same with more flags for `isthmus sandbox up`.
+    pub async fn up_with(name: &str, clusters: u8, nodes: u8, flags: &[&str]) -> anyhow::Result<Self> {
         run("isthmus", &["sandbox", "down", "--name", name])?;
         let (clusters, nodes) = (clusters.to_string(), nodes.to_string());
         run(
             "isthmus",
             &[
-                "sandbox",
-                "up",
-                "--name",
-                name,
-                "--clusters",
-                &clusters,
-                "--nodes",
-                &nodes,
-            ],
+                &[
+                    "sandbox",
+                    "up",
+                    "--name",
+                    name,
+                    "--clusters",
+                    &clusters,
+                    "--nodes",
+                    &nodes,
+                ],
+                flags,
+            ]
+            .concat(),
         )?;
         let client = SandboxClient::open(name)?;
         let kubeconfig = client.status().await?.kubeconfig;
