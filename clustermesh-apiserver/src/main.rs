@@ -36,7 +36,7 @@ struct Args {
         long,
         env = "ISTHMUS_ETCD_CONFIG",
         value_name = "FILE",
-        required_if_eq("store", "etcd")
+        required_unless_present = "data_dir"
     )]
     etcd_config: Option<PathBuf>,
     /// Directory of the embedded store, made if it is not there; with --store embedded.
