@@ -2,7 +2,7 @@
 //!
 //! In: watch events of five kinds ([`State::on`]), the identities that etcd holds ([`State::activate`]), the time. Out: exactly the
 //! keys whose desired value changed ([`State::desired`]), in an order in which each of them may be written: identities before
-//! the addresses that name them, slices before the service they belong to, deletions last.
+//! the addresses that name them, deletions last. Frames and slices may come in any order: a reader joins them when it has both.
 //!
 //! Everything desired is a function of the tables and the allocator: [`State::everything`] computes it anew, and a property test
 //! holds both against each other. Pure: no I/O, no clock.
