@@ -77,7 +77,17 @@ fn tidy() -> anyhow::Result<()> {
 
 fn bench(name: Option<String>, json: bool, rest: Vec<String>) -> anyhow::Result<()> {
     // The failover benchmark starts the daemons, so they are built alike.
-    let build = Command::new(env!("CARGO"))
+    let mut cargo = Command::new(env!("CARGO"));
+    // What cargo tells this program about itself would make build scripts of others (ring's) run anew, and all above them.
+    for (name, _) in std::env::vars_os() {
+        let told = name
+            .to_str()
+            .is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST"));
+        if told {
+            cargo.env_remove(name);
+        }
+    }
+    let build = cargo
         .current_dir(root())
         .args(["build", "--release", "--quiet", "--workspace", "--bins"])
         .status()
