@@ -342,7 +342,11 @@ impl Task {
             return;
         }
         let error = "its reader has ended without a reason; starting another one".to_owned();
-        self.with(|remote, store, ids| remote.on(store, ids, Update::Disconnected { error }, now_ms()));
+        let update = Update::Disconnected {
+            error,
+            retry_in: SCAN_INTERVAL,
+        };
+        self.with(|remote, store, ids| remote.on(store, ids, update, now_ms()));
         tokio::select! {
             () = self.shutdown.cancelled() => {}
             () = tokio::time::sleep(SCAN_INTERVAL) => {}

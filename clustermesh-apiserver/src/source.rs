@@ -31,7 +31,7 @@ pub async fn run(mut follow: Follow, shared: Shared, health: Health) {
             Update::Connected { client } => {
                 tracing::info!(endpoint = %client.endpoint(), "connected to the own etcd");
             }
-            Update::Disconnected { error } | Update::Failed { error, .. } => {
+            Update::Disconnected { error, .. } | Update::Failed { error, .. } => {
                 if trouble != error {
                     tracing::warn!(error, "the own etcd does not answer");
                 }

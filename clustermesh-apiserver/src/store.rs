@@ -63,6 +63,8 @@ pub struct SubStatus {
     pub revision: i64,
     /// Its keys.
     pub keys: usize,
+    /// Bytes of its keys and values, as they are kept.
+    pub bytes: usize,
     /// Batches in its history.
     pub history_len: usize,
     /// Bytes in its history.
@@ -115,9 +117,23 @@ impl Store {
             listed: sub.listed,
             revision: sub.revision,
             keys: sub.content.len(),
+            bytes: sub.content.bytes(),
             history_len: sub.history.len(),
             history_bytes: sub.history.bytes(),
         })
+    }
+
+    /// The sub-store's present keys and values, in key order.
+    pub fn entries(&self, id: &SubId) -> impl Iterator<Item = (&[u8], &[u8])> {
+        let content = self.subs.get(id).map(|sub| &sub.content);
+        let entries = content.into_iter().flat_map(Content::iter);
+        entries.map(|entry| (entry.key(), entry.value()))
+    }
+
+    /// Length in bytes of a key's entry as it is kept, 0 if there is none.
+    pub fn entry_len(&self, id: &SubId, key: &[u8]) -> usize {
+        let entry = self.subs.get(id).and_then(|sub| sub.content.get(key));
+        entry.map_or(0, |entry| entry.encoded_len())
     }
 
     /// All sub-stores.

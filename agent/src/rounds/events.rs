@@ -28,7 +28,7 @@ impl Rounds {
                     "connected to the clustermesh-apiserver"
                 );
             }
-            Update::Disconnected { error } => {
+            Update::Disconnected { error, .. } => {
                 upstream.failures += 1;
                 self.outputs.metrics.upstream_failures.inc();
                 if upstream.connected || upstream.failures == 1 {

@@ -166,7 +166,7 @@ impl Remote {
                 self.status.connected = true;
                 self.connection_error.clear();
             }
-            Update::Disconnected { error } => {
+            Update::Disconnected { error, .. } => {
                 self.status.connected = false;
                 self.live.clear();
                 self.on_failure(error, now_ms);

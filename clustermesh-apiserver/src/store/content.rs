@@ -17,6 +17,7 @@ pub(super) struct Content {
     /// None is empty.
     runs: Vec<Vec<Arc<Entry>>>,
     len: usize,
+    bytes: usize,
 }
 
 /// A place between entries: a run, and how many of its entries lie before. Never at a run's end, but at the end of all.
@@ -25,6 +26,11 @@ type Place = (usize, usize);
 impl Content {
     pub(super) fn len(&self) -> usize {
         self.len
+    }
+
+    /// Bytes of the entries, as they are kept.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// Before the first entry that is not `before`.
@@ -57,8 +63,11 @@ impl Content {
     /// Returns the entry that had the key before.
     pub(super) fn insert(&mut self, entry: Arc<Entry>) -> Option<Arc<Entry>> {
         let ((run, index), found) = self.find(entry.key());
+        self.bytes += entry.encoded_len();
         if found {
-            return Some(std::mem::replace(&mut self.runs[run][index], entry));
+            let before = std::mem::replace(&mut self.runs[run][index], entry);
+            self.bytes -= before.encoded_len();
+            return Some(before);
         }
         self.len += 1;
         // After the last of all it goes to the last run.
@@ -95,6 +104,7 @@ impl Content {
         }
         self.len -= 1;
         let entry = self.runs[run].remove(index);
+        self.bytes -= entry.encoded_len();
         let left = self.runs[run].len();
         let next = self.runs.get(run + 1).map(Vec::len);
         if left == 0 {
@@ -183,6 +193,7 @@ mod tests {
             }
             let list = |entry: &Arc<Entry>| (entry.shared_key(), entry.revisions().version);
             prop_assert_eq!(content.len(), model.len());
+            prop_assert_eq!(content.bytes(), content.iter().map(|entry| entry.encoded_len()).sum::<usize>());
             prop_assert!(content.iter().map(list).eq(model.clone()));
             prop_assert!(content.runs.iter().all(|run| (1..=RUN_MAX).contains(&run.len())));
             for (a, start, b, end) in ranges {

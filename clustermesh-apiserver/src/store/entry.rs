@@ -78,6 +78,11 @@ impl Entry {
         &self.encoded[self.key_at as usize..self.key_end as usize]
     }
 
+    /// Bytes that it keeps.
+    pub(super) fn encoded_len(&self) -> usize {
+        self.encoded.len()
+    }
+
     pub(super) fn value(&self) -> &[u8] {
         &self.encoded[self.value_at as usize..]
     }

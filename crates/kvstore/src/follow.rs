@@ -10,7 +10,7 @@
 mod calls;
 mod session;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use isthmus_runtime::{Backoff, CancellationToken, backoff};
 use tokio::sync::{mpsc, watch};
@@ -36,6 +36,8 @@ pub enum Update {
     Disconnected {
         /// Why, for people.
         error: String,
+        /// When it is tried again.
+        retry_in: Duration,
     },
     /// The feed is listed (again). Changes from here to [`Update::Listed`] are the difference to what was reported before.
     /// A list that is interrupted begins once more, with another of these; what it has reported so far stays reported.
@@ -48,6 +50,8 @@ pub enum Update {
         revision: i64,
         /// The history is certainly the one that was followed before.
         trusted: bool,
+        /// Keys that the feed had when the list began, as the upstream says.
+        expected: u64,
     },
     /// The list is at its end; [`Update::Synced`] follows.
     Listed {
@@ -156,6 +160,8 @@ struct Followed {
     token: u64,
     /// Halved when a page is too large.
     page_len: i64,
+    /// Keys that the feed has, as the first page of the list said.
+    expected: u64,
     /// Between lists that did not lead to a lasting watch.
     backoff: Backoff,
 }
@@ -190,7 +196,11 @@ async fn run(
         }
         let delay = backoff.next(backoff::random());
         tracing::debug!(error, ?delay, "upstream lost; connecting again");
-        if sink.send(Update::Disconnected { error }).await.is_err() {
+        let update = Update::Disconnected {
+            error,
+            retry_in: delay,
+        };
+        if sink.send(update).await.is_err() {
             return;
         }
         tokio::select! {

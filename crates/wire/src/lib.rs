@@ -17,7 +17,7 @@ pub mod slice;
 pub mod status;
 
 pub use config::ClusterConfig;
-pub use refusal::Refusal;
+pub use refusal::{Grant, Refusal};
 
 /// Serialises to JSON.
 fn json<T: serde::Serialize>(value: &T) -> Vec<u8> {

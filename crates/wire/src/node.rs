@@ -211,6 +211,28 @@ pub fn decode(
     })
 }
 
+/// Addresses in a node's value that [`Node`] has no place for and Cilium's readers use: secondary pod CIDRs, ingress addresses.
+pub fn other_addresses(value: &[u8]) -> Result<Vec<IpNet>, Refusal> {
+    Refusal::check_len(value, VALUE_LEN_MAX)?;
+    let json: NodeJson = serde_json::from_slice(value).map_err(Refusal::Json)?;
+    let mut all = Vec::new();
+    for (what, list) in [
+        ("IPv4SecondaryAllocCIDRs", json.ipv4_secondary),
+        ("IPv6SecondaryAllocCIDRs", json.ipv6_secondary),
+    ] {
+        for secondary in list.unwrap_or_default() {
+            all.extend(cidr(what, Some(secondary))?);
+        }
+    }
+    for (what, field) in [
+        ("IPv4IngressIP", json.ipv4_ingress_ip),
+        ("IPv6IngressIP", json.ipv6_ingress_ip),
+    ] {
+        all.extend(address(what, field)?.map(IpNet::from));
+    }
+    Ok(all)
+}
+
 fn cidr(what: &'static str, json: Option<CidrJson>) -> Result<Option<IpNet>, Refusal> {
     let Some(json) = json else { return Ok(None) };
     let ip = parse_ip(what, &json.ip)?;

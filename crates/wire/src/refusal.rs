@@ -97,9 +97,64 @@ pub enum Refusal {
         /// The limit.
         limit: usize,
     },
+    /// Something that the reader's configuration does not grant to the cluster it came from.
+    #[error("{what} {got} is not granted; what this cluster may publish is said by {} under isthmus-accept in its file", grant.field())]
+    NotGranted {
+        /// Which grant does not cover it.
+        grant: Grant,
+        /// What it is.
+        what: &'static str,
+        /// Its text, shortened.
+        got: String,
+    },
+    /// More bytes than the reader's configuration allows the cluster it came from.
+    #[error("with it the cluster's objects would be {bytes} bytes, more than the limit of {limit}; see max-bytes under isthmus-accept in its file")]
+    TooManyBytes {
+        /// Bytes of all its objects with this one.
+        bytes: u64,
+        /// The limit.
+        limit: u64,
+    },
+}
+
+/// What a reader grants to a remote cluster.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum Grant {
+    /// Numbers of security identities.
+    Identities,
+    /// Addresses of pods.
+    PodCidrs,
+    /// Addresses of nodes.
+    NodeCidrs,
+    /// Namespaces.
+    Namespaces,
+    /// Services, by namespace and name.
+    Services,
+}
+
+impl Grant {
+    /// Its name in the configuration.
+    pub const fn field(self) -> &'static str {
+        match self {
+            Self::Identities => "identities",
+            Self::PodCidrs => "pod-cidrs",
+            Self::NodeCidrs => "node-cidrs",
+            Self::Namespaces => "namespaces",
+            Self::Services => "services",
+        }
+    }
 }
 
 impl Refusal {
+    /// Refuses what a grant does not cover.
+    pub fn not_granted(grant: Grant, what: &'static str, got: impl std::fmt::Display) -> Self {
+        Self::NotGranted {
+            grant,
+            what,
+            got: shorten(&got.to_string()),
+        }
+    }
+
     /// The label under which metrics and status count it.
     pub const fn reason(&self) -> &'static str {
         match self {
@@ -116,6 +171,13 @@ impl Refusal {
             Self::ClusterName(_) | Self::ClusterId(_) => "cluster_config",
             Self::Missing(_) => "missing_field",
             Self::TooMany { .. } => "too_many",
+            Self::TooManyBytes { .. } => "too_many_bytes",
+            Self::NotGranted { grant, .. } => match grant {
+                Grant::Identities => "not_granted_identity",
+                Grant::PodCidrs | Grant::NodeCidrs => "not_granted_cidr",
+                Grant::Namespaces => "not_granted_namespace",
+                Grant::Services => "not_granted_service",
+            },
         }
     }
 

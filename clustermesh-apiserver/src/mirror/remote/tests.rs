@@ -71,6 +71,7 @@ fn a_stopped_heart_is_told_of_while_the_connection_stands() {
     world.on(
         Update::Disconnected {
             error: "gone".to_owned(),
+            retry_in: std::time::Duration::from_secs(1),
         },
         130_000,
     );

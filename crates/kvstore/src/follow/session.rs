@@ -169,6 +169,7 @@ impl<'a> Session<'a> {
                 follower: Follower::new(feed),
                 token: *self.tokens,
                 page_len: self.options.page_len.max(1),
+                expected: 0,
                 backoff: Backoff::new(
                     self.options.retry_base,
                     self.options.retry_cap.min(FEED_RETRY_CAP),
@@ -202,7 +203,7 @@ impl<'a> Session<'a> {
         if events && delay.is_zero() {
             followed.backoff.reset();
         }
-        let (token, page_len) = (followed.token, followed.page_len);
+        let (token, page_len, expected) = (followed.token, followed.page_len, followed.expected);
         for effect in effects {
             match effect {
                 Effect::List { start, revision } => {
@@ -227,6 +228,7 @@ impl<'a> Session<'a> {
                         cluster_id: header.cluster_id,
                         revision: header.revision,
                         trusted,
+                        expected,
                     })
                     .await?;
                 }
@@ -306,6 +308,9 @@ impl<'a> Session<'a> {
         }
         let error = match result {
             Ok(answer) => {
+                if let (Answer::Page(_, page), Call::List { revision: 0, .. }) = (&answer, &asked.call) {
+                    followed.expected = u64::try_from(page.count).unwrap_or(0);
+                }
                 self.on_first_answer().await?;
                 let input = match answer {
                     Answer::Page(header, page) => Input::Page {

@@ -112,7 +112,7 @@ impl Worker {
                 self.beaten = false;
                 self.shared.status.send_modify(|status| status.connected = true);
             }
-            Update::Disconnected { error } => {
+            Update::Disconnected { error, .. } => {
                 self.client = None;
                 self.fail(error);
                 self.shared.status.send_modify(|status| status.connected = false);
