@@ -143,7 +143,14 @@ fn stamp(path: &Path) -> Stamp {
 pub(crate) struct Reloading<T> {
     paths: Vec<PathBuf>,
     build: Box<dyn Fn() -> Result<T, TlsError> + Send + Sync>,
-    current: RwLock<(Vec<Stamp>, Arc<T>)>,
+    current: RwLock<Current<T>>,
+}
+
+struct Current<T> {
+    stamps: Vec<Stamp>,
+    value: Arc<T>,
+    /// Why the files as they are now are not the value.
+    complaint: Option<String>,
 }
 
 impl<T> Reloading<T> {
@@ -158,7 +165,11 @@ impl<T> Reloading<T> {
         Ok(Self {
             paths,
             build: Box::new(build),
-            current: RwLock::new((stamps, value)),
+            current: RwLock::new(Current {
+                stamps,
+                value,
+                complaint: None,
+            }),
         })
     }
 
@@ -167,25 +178,38 @@ impl<T> Reloading<T> {
         let stamps: Vec<Stamp> = self.paths.iter().map(|path| stamp(path)).collect();
         {
             let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
-            if current.0 == stamps {
-                return current.1.clone();
+            if current.stamps == stamps {
+                return current.value.clone();
             }
         }
-        let built = (self.build)();
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        // Whoever waited for another to build takes what that one has made.
+        if current.stamps == stamps {
+            return current.value.clone();
+        }
         // Remembered also after a failure, so that a bad set of files is tried and logged once.
-        current.0 = stamps;
-        match built {
+        current.stamps = stamps;
+        match (self.build)() {
             Ok(value) => {
                 tracing::info!(files = ?self.paths, "read changed TLS files");
-                current.1 = Arc::new(value);
+                current.value = Arc::new(value);
+                current.complaint = None;
             }
             Err(error) => {
-                let error: &dyn std::error::Error = &error;
-                tracing::warn!(error, files = ?self.paths, "changed TLS files are not usable; keeping the last good ones");
+                tracing::warn!(error = &error as &dyn std::error::Error, files = ?self.paths, "changed TLS files are not usable; keeping the last good ones");
+                current.complaint = Some(match std::error::Error::source(&error) {
+                    Some(source) => format!("{error}: {source}"),
+                    None => error.to_string(),
+                });
             }
         }
-        current.1.clone()
+        current.value.clone()
+    }
+
+    /// Why the files, as they were last looked at, are not what is used.
+    pub(crate) fn complaint(&self) -> Option<String> {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        current.complaint.clone()
     }
 }
 
