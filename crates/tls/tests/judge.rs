@@ -38,7 +38,10 @@ impl Ca {
         }
     }
 
-    fn issue(&self, change: impl FnOnce(&mut CertificateParams)) -> (CertificateDer<'static>, String, String) {
+    fn issue(
+        &self,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> (CertificateDer<'static>, String, String) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
         params.distinguished_name = rcgen::DistinguishedName::new();
