@@ -167,7 +167,7 @@ impl Bound {
         self.metrics.clone()
     }
 
-    /// Serves until `shutdown`.
+    /// Serves until `shutdown`, and then until the clients were sent away.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         let Self {
             config,
@@ -177,8 +177,11 @@ impl Bound {
             health,
             source,
         } = self;
+        // What the server is fed by, and asked about, goes on until its clients have gone.
+        let feeding = CancellationToken::new();
+        let _feeding = feeding.clone().drop_guard();
         if let Some(address) = config.admin_listen {
-            isthmus_runtime::admin::serve(address, health.clone(), metrics.clone(), shutdown.clone()).await?;
+            isthmus_runtime::admin::serve(address, health.clone(), metrics.clone(), feeding.clone()).await?;
         }
         // Random and never 0: this process' own history begins here.
         let server_id = rand::random_range(1..=u64::MAX);
@@ -192,12 +195,12 @@ impl Bound {
         let (source, embedded) = match source {
             Source::Etcd(etcd) => {
                 let (shared, health, stop) = (shared.clone(), health.clone(), shutdown.clone());
-                let connection = config.connection.clone();
-                let followed = follow(etcd, connection, [source::feed()], shutdown.child_token());
+                let (connection, feeding) = (config.connection.clone(), feeding.clone());
+                let followed = follow(etcd, connection, [source::feed()], feeding.child_token());
                 let task = tokio::spawn(async move {
                     source::run(followed, shared, health).await;
                     // Without it this server would serve what it knows now for ever, and say that all is well.
-                    let early = !stop.is_cancelled();
+                    let early = !feeding.is_cancelled();
                     stop.cancel();
                     anyhow::ensure!(!early, "the reader of the own etcd has ended without a reason");
                     Ok(())
@@ -207,9 +210,9 @@ impl Bound {
             Source::Embedded(opened, kept) => {
                 let metrics = EmbeddedMetrics::new(&metrics);
                 let (handle, task) = embedded::start(*opened, shared.clone(), &health, metrics, kept);
-                let stop = shutdown.clone();
+                let (stop, feeding) = (shutdown.clone(), feeding.clone());
                 let task = tokio::spawn(async move {
-                    let result = task.run(stop.clone()).await;
+                    let result = task.run(feeding).await;
                     // Without it no write would be answered.
                     stop.cancel();
                     result.context("the embedded store failed")
@@ -228,7 +231,7 @@ impl Bound {
             };
             let metrics = MirrorMetrics::new(&metrics);
             let (looked, first_look) = oneshot::channel();
-            let run = mirror::run(config, shared.clone(), metrics, looked, shutdown.clone());
+            let run = mirror::run(config, shared.clone(), metrics, looked, feeding.clone());
             mirror = Some(tokio::spawn(run));
             // A cluster without a status is none to agents: nobody is answered before each configured one has its status.
             let why = format!(
@@ -247,7 +250,7 @@ impl Bound {
             StoreMetrics::new(&metrics),
             config.cluster.clone(),
             shared.clone(),
-            shutdown.clone(),
+            feeding.clone(),
         ));
         let served = server::serve(
             listener,
@@ -257,10 +260,12 @@ impl Bound {
             embedded,
             config.limits,
             ServerMetrics::new(&metrics),
+            health,
             shutdown.clone(),
         );
         let result = served.await.context("the server failed");
         shutdown.cancel();
+        feeding.cancel();
         for task in [mirror, Some(measure)].into_iter().flatten() {
             // A panic in a task is worth more than a clean end.
             task.await.context("a task of the server panicked")?;

@@ -1,11 +1,13 @@
 //! Parses arguments, runs, exits.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+mod limit_args;
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use isthmus_clustermesh_apiserver::{
-    Config, StoreConfig, bind, embedded::HistoryKept, server::ServerLimits, store::HistoryLimits,
+    Config, StoreConfig, bind, embedded::HistoryKept, store::HistoryLimits,
 };
 use isthmus_kvstore::{EtcdConfig, Options};
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
@@ -13,6 +15,8 @@ use isthmus_runtime::{
     command_line::{self, FlagError, LogArgs},
     shutdown, telemetry,
 };
+
+use limit_args::LimitArgs;
 
 /// Serves a cluster's state to other clusters and to its own agents, and mirrors other clusters' state.
 #[derive(Debug, Parser)]
@@ -66,6 +70,8 @@ struct Args {
     #[arg(long, env = "ISTHMUS_ADMIN_LISTEN", default_value = "127.0.0.1:9880")]
     admin_listen: SocketAddr,
     #[command(flatten)]
+    limits: LimitArgs,
+    #[command(flatten)]
     log: LogArgs,
 }
 
@@ -111,7 +117,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         tls_client_ca_file: args.tls_client_ca_file,
         admin_listen: Some(args.admin_listen),
         connection: Options::default(),
-        limits: ServerLimits::default(),
+        limits: args.limits.limits()?,
         history: HistoryLimits::default(),
         remote_history: Config::REMOTE_HISTORY,
     };
@@ -122,6 +128,20 @@ fn run(args: Args) -> anyhow::Result<()> {
         tracing::info!(address = %bound.address()?, "serving");
         bound.run(shutdown).await
     })
+}
+
+/// Reads `500ms`, `30s`, `10m` or `1h`; at most a week.
+fn parse_duration(text: &str) -> Option<Duration> {
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
+    let ms_per_unit = match unit {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return None,
+    };
+    let ms = number.parse::<u64>().ok()?.checked_mul(ms_per_unit)?;
+    (ms <= 604_800_000).then(|| Duration::from_millis(ms))
 }
 
 fn chain(error: &dyn std::error::Error) -> String {

@@ -9,8 +9,31 @@ use prometheus_client::{
 /// Label: how something ended.
 #[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
 pub struct Outcome {
-    /// `accepted`, `refused`, `timeout`.
+    /// `accepted`, `refused`, `timeout`; `no_rights` beside `accepted`.
     pub outcome: &'static str,
+}
+
+/// Label: why.
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+pub struct Reason {
+    /// One of a few words.
+    pub reason: &'static str,
+}
+
+/// Labels of a refused request.
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+pub struct Throttled {
+    /// Which limit.
+    pub reason: &'static str,
+    /// Whose: `admin`, `local`, `remote`, `none`.
+    pub kind: &'static str,
+}
+
+/// Label: one of the server's certificates.
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+pub struct Certificate {
+    /// `server`, `client_ca`.
+    pub certificate: &'static str,
 }
 
 /// Label: a remote cluster.
@@ -43,6 +66,20 @@ pub struct Sub {
 pub struct ServerMetrics {
     /// Connections by how their handshake ended.
     pub connections: Family<Outcome, Counter>,
+    /// Connections that were not let in.
+    pub rejected_connections: Family<Reason, Counter>,
+    /// Connections that were let in and cut off.
+    pub closed_connections: Family<Reason, Counter>,
+    /// Open connections; set now and then.
+    pub open_connections: Gauge,
+    /// Requests refused because of a limit.
+    pub throttled: Family<Throttled, Counter>,
+    /// Bytes that clients have not read yet; set now and then.
+    pub pending_bytes: Gauge,
+    /// Seconds until a certificate ends, below 0 after that; set now and then.
+    pub certificate_expiry: Family<Certificate, Gauge>,
+    /// 0 if the TLS files changed and are not usable.
+    pub certificates_usable: Gauge,
     /// Open watch streams.
     pub streams: Gauge,
     /// Open watches.
@@ -93,6 +130,41 @@ impl ServerMetrics {
                 "server_connections",
                 "Connections, by how their handshake ended",
                 Family::default(),
+            ),
+            rejected_connections: metrics.register(
+                "apiserver_rejected_connections",
+                "Connections that were not let in, by reason",
+                Family::default(),
+            ),
+            closed_connections: metrics.register(
+                "apiserver_closed_connections",
+                "Connections that were let in and cut off, by reason",
+                Family::default(),
+            ),
+            open_connections: metrics.register(
+                "apiserver_open_connections",
+                "Open connections",
+                Gauge::default(),
+            ),
+            throttled: metrics.register(
+                "apiserver_throttled_requests",
+                "Requests refused because of a limit, by limit and kind of client",
+                Family::default(),
+            ),
+            pending_bytes: metrics.register(
+                "apiserver_pending_bytes",
+                "Bytes that clients have not read yet",
+                Gauge::default(),
+            ),
+            certificate_expiry: metrics.register(
+                "apiserver_certificate_expiry_seconds",
+                "Seconds until a certificate of the server's files ends",
+                Family::default(),
+            ),
+            certificates_usable: metrics.register(
+                "apiserver_certificates_usable",
+                "0 if the TLS files changed and are not usable, so that the last good ones are in use",
+                Gauge::default(),
             ),
             streams: metrics.register("server_watch_streams", "Open watch streams", Gauge::default()),
             watches: metrics.register("server_watches", "Open watches", Gauge::default()),

@@ -7,17 +7,26 @@
 //! cluster ID of its view; nobody gets an event twice or misses one silently.
 
 mod accept;
+mod account;
+mod answers;
+mod border;
+pub mod bucket;
 mod calls;
+mod connection;
+mod drain;
 pub mod errors;
 mod kv;
+pub mod limits;
+mod peer;
+mod registry;
 mod stream;
 mod watch;
 mod write;
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, atomic::AtomicUsize},
-    time::Duration,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use isthmus_model::ClusterName;
@@ -25,55 +34,32 @@ use isthmus_proto::etcdserverpb::{
     auth_server::AuthServer, cluster_server::ClusterServer, kv_server::KvServer, lease_server::LeaseServer,
     maintenance_server::MaintenanceServer,
 };
-use isthmus_runtime::CancellationToken;
-use isthmus_tls::{Rights, ServerTls, rights::KeyRange};
+use isthmus_runtime::{CancellationToken, Health, State};
+use isthmus_tls::ServerTls;
 use tokio::net::TcpListener;
-use tonic::{Request, Status, transport::Server};
+use tokio_util::task::TaskTracker;
+use tonic::service::Routes;
 
-use crate::{embedded::Embedded, metrics::ServerMetrics, shared::Shared};
+use crate::{
+    embedded::Embedded,
+    metrics::{Reason, ServerMetrics, Throttled},
+    shared::Shared,
+};
 
-/// Bytes of a stream's requests that may wait to be read.
-const STREAM_WINDOW: u32 = 64 * 1024;
-/// Those of all streams of a connection.
-const CONNECTION_WINDOW: u32 = 256 * 1024;
+use account::Totals;
+use answers::Answers;
+use border::{Border, LogGate};
+pub use limits::ServerLimits;
+pub(crate) use peer::Peer;
+use registry::Registry;
 
-/// Bounds of what peers can make this server do.
-#[derive(Clone, Debug)]
-pub struct ServerLimits {
-    /// Connections at once, handshakes included.
-    pub connections: usize,
-    /// HTTP/2 streams of one connection.
-    pub streams: u32,
-    /// Watches of one connection, over all its streams.
-    pub watches: usize,
-    /// Bytes of a request.
-    pub request_bytes: usize,
-    /// Bytes of the answer to a Range of more keys than a page of 256. Readers page; who does not is told to.
-    pub answer_bytes: usize,
-    /// A handshake takes no longer.
-    pub handshake_timeout: Duration,
-    /// How often a quiet watch that asked for it is told how far it has seen.
-    pub progress_interval: Duration,
-    /// How long a read of a revision that another replica has seen already waits for it.
-    pub future_revision_wait: Duration,
-}
-
-impl Default for ServerLimits {
-    fn default() -> Self {
-        Self {
-            connections: 10_000,
-            streams: 1024,
-            watches: 8192,
-            request_bytes: 2 * 1024 * 1024,
-            answer_bytes: 64 * 1024 * 1024,
-            handshake_timeout: Duration::from_secs(10),
-            progress_interval: Duration::from_secs(5),
-            future_revision_wait: Duration::from_millis(250),
-        }
-    }
-}
+/// Time between two log lines about the same kind of refusal.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// Name of the server in the health register.
+const SERVER: &str = "server";
 
 /// What the services share.
+#[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) shared: Shared,
     pub(crate) limits: ServerLimits,
@@ -82,33 +68,101 @@ pub(crate) struct Context {
     pub(crate) cluster: ClusterName,
     /// Takes the local operator's writes; `None` = there is an etcd for them.
     pub(crate) embedded: Option<Embedded>,
-    /// Streams end then.
-    pub(crate) shutdown: CancellationToken,
+    begun: Instant,
+    border: Mutex<Border>,
+    registry: Registry,
+    totals: Arc<Totals>,
+    answers: Answers,
+    log: Mutex<LogGate<&'static str>>,
 }
 
-/// Who is on the other end of a connection.
-#[derive(Debug)]
-pub(crate) struct Peer {
-    pub(crate) name: String,
-    pub(crate) rights: Option<Rights>,
-    /// Open watches of all streams of the connection.
-    pub(crate) watches: AtomicUsize,
-}
-
-impl Peer {
-    /// The peer that sent `request`.
-    pub(crate) fn of<T>(request: &Request<T>) -> Result<Arc<Self>, Status> {
-        // Each accepted connection has one.
-        let peer = request.extensions().get::<Arc<Self>>();
-        peer.cloned().ok_or_else(errors::permission_denied)
+impl Context {
+    /// Time as the border counts it.
+    fn now(&self) -> Duration {
+        self.begun.elapsed()
     }
 
-    pub(crate) fn may_read(&self, range: &KeyRange) -> bool {
-        self.rights.as_ref().is_some_and(|rights| rights.covers(range))
+    fn border(&self) -> MutexGuard<'_, Border> {
+        self.border.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a line about `reason` is due, and how many were left out since the last one.
+    fn log(&self, reason: &'static str) -> Option<u64> {
+        let now = self.now();
+        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        log.ask(reason, now)
+    }
+
+    fn connected(&self) {
+        self.metrics
+            .connections
+            .get_or_create(&crate::metrics::Outcome { outcome: "accepted" })
+            .inc();
+    }
+
+    /// A connection is not let in.
+    fn refused(&self, reason: &'static str, from: Option<SocketAddr>, why: &str) {
+        let outcome = if reason == border::Reason::Timeout.as_str() {
+            "timeout"
+        } else {
+            "refused"
+        };
+        self.metrics
+            .connections
+            .get_or_create(&crate::metrics::Outcome { outcome })
+            .inc();
+        self.metrics
+            .rejected_connections
+            .get_or_create(&Reason { reason })
+            .inc();
+        if let Some(left_out) = self.log(reason) {
+            tracing::warn!(reason, ?from, why, left_out, "refused a connection");
+        }
+    }
+
+    /// A connection that was let in is cut off.
+    fn cut_off(&self, peer: &Peer, reason: &'static str) {
+        peer.close();
+        self.metrics
+            .closed_connections
+            .get_or_create(&Reason { reason })
+            .inc();
+        if let Some(left_out) = self.log(reason) {
+            tracing::warn!(reason, peer = peer.name, left_out, "closed a connection");
+        }
+    }
+
+    /// A request is refused, because of what its client or others have had.
+    fn throttled(&self, peer: &Peer, reason: &'static str, what: &str) {
+        let kind = peer.kind;
+        self.metrics
+            .throttled
+            .get_or_create(&Throttled { reason, kind })
+            .inc();
+        if let Some(left_out) = self.log(reason) {
+            tracing::warn!(reason, peer = peer.name, what, left_out, "refused a request");
+        }
+    }
+
+    /// A client has a certificate of the right CA and a name that nobody knows.
+    fn no_rights(&self, name: &str) {
+        self.metrics
+            .connections
+            .get_or_create(&crate::metrics::Outcome { outcome: "no_rights" })
+            .inc();
+        if let Some(left_out) = self.log("no_rights") {
+            tracing::warn!(
+                peer = name,
+                left_out,
+                "the certificate's common name has no rights here; it takes admin-<this cluster>, local-<this cluster>, remote or remote-<other cluster>"
+            );
+        }
     }
 }
 
-/// Serves on `listener` until `shutdown`; open streams then end with UNAVAILABLE, so that clients resume elsewhere.
+/// Serves on `listener` until `shutdown`. Then the server is not ready any longer; it goes on for the grace time, accepts no
+/// more, and sends its clients away over some time: their streams end with UNAVAILABLE after what was still to be said, so that
+/// they resume elsewhere.
 #[allow(
     clippy::too_many_arguments,
     reason = "each is one part that the server is put together from"
@@ -121,42 +175,70 @@ pub async fn serve(
     embedded: Option<Embedded>,
     limits: ServerLimits,
     metrics: ServerMetrics,
+    health: Health,
     shutdown: CancellationToken,
 ) -> std::io::Result<()> {
+    let begun = Instant::now();
     let context = Arc::new(Context {
         address: listener.local_addr()?,
         shared,
-        limits,
         metrics,
         cluster,
         embedded,
-        shutdown: shutdown.clone(),
+        begun,
+        border: Mutex::default(),
+        registry: Registry::default(),
+        totals: Arc::new(Totals::new(begun)),
+        answers: Answers::new(limits.answer_bytes_in_flight),
+        log: Mutex::new(LogGate::new(LOG_INTERVAL)),
+        limits,
     });
+    let tls = Arc::new(tls);
+    // Everything below ends with this.
+    let stop = CancellationToken::new();
+    let _stop = stop.clone().drop_guard();
+    let closing = stop.child_token();
+    let connections = TaskTracker::new();
+    let look_after = registry::look_after(context.clone(), tls.clone(), health.clone(), stop);
+    tokio::spawn(look_after);
+    let mut accepting = tokio::spawn(accept::accept(
+        listener,
+        tls,
+        context.clone(),
+        routes(&context),
+        connections.clone(),
+        closing.clone(),
+    ));
+    let ended = |result: Result<(), tokio::task::JoinError>| result.map_err(std::io::Error::other);
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        // It does not end before it is told to.
+        result = &mut accepting => return ended(result),
+    }
+    let grace = context.limits.shutdown_grace;
+    health.set(
+        SERVER,
+        State::Failed("stopping: clients are sent to other replicas".to_owned()),
+    );
+    tracing::info!(
+        ?grace,
+        "not ready any longer; clients are sent away after the grace time"
+    );
+    tokio::time::sleep(grace).await;
+    closing.cancel();
+    ended(accepting.await)?;
+    drain::drain(&context, connections).await;
+    Ok(())
+}
+
+fn routes(context: &Arc<Context>) -> Routes {
     let limit = context.limits.request_bytes;
-    tokio::spawn({
-        let (shared, shutdown) = (context.shared.clone(), shutdown.clone());
-        // So that no stream needs a wake-up of its own for it.
-        async move {
-            shutdown.cancelled().await;
-            shared.wake_all();
-        }
-    });
-    let incoming = accept::accept(listener, tls, context.clone(), shutdown.clone());
-    let router = Server::builder()
-        .max_concurrent_streams(context.limits.streams)
-        // Requests are small. What a peer has sent and nobody has read yet is no more than this.
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .http2_keepalive_interval(Some(Duration::from_secs(30)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(20)))
-        .add_service(KvServer::new(kv::Kv(context.clone())).max_decoding_message_size(limit))
-        .add_service(watch::WatchServer::new(context.clone(), shutdown.clone()))
-        .add_service(LeaseServer::new(calls::Calls(context.clone())).max_decoding_message_size(limit))
-        .add_service(ClusterServer::new(calls::Calls(context.clone())).max_decoding_message_size(limit))
-        .add_service(MaintenanceServer::new(calls::Calls(context.clone())).max_decoding_message_size(limit))
-        .add_service(AuthServer::new(calls::Calls(context)).max_decoding_message_size(limit));
-    router
-        .serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned())
-        .await
-        .map_err(std::io::Error::other)
+    let calls = || calls::Calls(context.clone());
+    Routes::new(KvServer::new(kv::Kv(context.clone())).max_decoding_message_size(limit))
+        .add_service(watch::WatchServer::new(context.clone()))
+        .add_service(LeaseServer::new(calls()).max_decoding_message_size(limit))
+        .add_service(ClusterServer::new(calls()).max_decoding_message_size(limit))
+        .add_service(MaintenanceServer::new(calls()).max_decoding_message_size(limit))
+        .add_service(AuthServer::new(calls()).max_decoding_message_size(limit))
+        .prepare()
 }

@@ -1,183 +1,233 @@
-//! Connections: accept, handshake, name the peer. A slow or hostile handshake holds up nobody else.
+//! Accepting connections: the border's decisions about addresses, the handshake, the name of the peer and its place. A slow or
+//! hostile handshake holds up nobody else.
 
 use std::{
+    collections::BTreeMap,
     io,
-    pin::Pin,
-    sync::{Arc, atomic::AtomicUsize},
-    task::{Context as TaskContext, Poll},
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use isthmus_runtime::CancellationToken;
-use isthmus_tls::{Rights, ServerTls, peer_common_name};
+use isthmus_tls::{PeerRefusal, Rights, ServerTls, peer_common_name};
+use nix::sys::socket::{setsockopt, sockopt};
+use rustls::{HandshakeKind, pki_types::UnixTime};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    task::AbortHandle,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::server::Connected;
+use tokio_util::task::TaskTracker;
+use tonic::service::Routes;
 
-use super::{Context, Peer};
+use super::{
+    Context, Peer,
+    account::Account,
+    border::{Knock, Reason, Shares},
+    connection::{self, Builder},
+    registry::Registry,
+};
 
-/// Handshaken connections that wait to be served; the server takes them at once.
-const READY_MAX: usize = 64;
+/// A handshake is not evicted before it has had so long.
+const HANDSHAKE_MIN: Duration = Duration::from_secs(1);
+/// While all places of handshakes are taken, they are looked at so often.
+const FULL_PAUSE: Duration = Duration::from_millis(10);
+/// What was sent and is not acknowledged after so long ends the connection; so does silence, after a few probes.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(45);
+/// Silence before the first probe, and between probes, in seconds.
+const PROBE_SECONDS: (u32, u32) = (20, 10);
 
-/// A served connection.
-pub(super) struct Connection {
-    stream: TlsStream<TcpStream>,
-    peer: Arc<Peer>,
-    _slot: OwnedSemaphorePermit,
-}
+/// The handshakes that are going on, oldest first.
+#[derive(Debug, Default)]
+struct Handshakes(Mutex<BTreeMap<u64, (Duration, Option<AbortHandle>)>>);
 
-impl Connected for Connection {
-    type ConnectInfo = Arc<Peer>;
+impl Handshakes {
+    fn inner(&self) -> MutexGuard<'_, BTreeMap<u64, (Duration, Option<AbortHandle>)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 
-    fn connect_info(&self) -> Arc<Peer> {
-        self.peer.clone()
+    /// Waits until there is room for one more; the oldest makes room if it had its time.
+    async fn make_room(&self, context: &Context) {
+        loop {
+            {
+                let mut running = self.inner();
+                if running.len() < context.limits.handshakes.max(1) {
+                    return;
+                }
+                if let Some(oldest) = running.first_entry()
+                    && context.now().saturating_sub(oldest.get().0) >= HANDSHAKE_MIN
+                {
+                    if let (_, Some(task)) = oldest.remove() {
+                        task.abort();
+                    }
+                    context.refused(Reason::Evicted.as_str(), None, "");
+                    return;
+                }
+            }
+            tokio::time::sleep(FULL_PAUSE).await;
+        }
+    }
+
+    fn abort_all(&self) {
+        for (_, task) in std::mem::take(&mut *self.inner()).into_values() {
+            task.iter().for_each(AbortHandle::abort);
+        }
     }
 }
 
-/// Accepts until `shutdown`.
-pub(super) fn accept(
+/// Accepts until `stop`. Connections are tasks of `connections`.
+pub(super) async fn accept(
     listener: TcpListener,
-    tls: ServerTls,
+    tls: Arc<ServerTls>,
     context: Arc<Context>,
-    shutdown: CancellationToken,
-) -> ReceiverStream<io::Result<Connection>> {
-    let (ready, incoming) = mpsc::channel(READY_MAX);
-    tokio::spawn(async move {
-        let slots = Arc::new(Semaphore::new(context.limits.connections));
-        loop {
-            let slot = tokio::select! {
-                () = shutdown.cancelled() => return,
-                // Never closed.
-                Ok(slot) = slots.clone().acquire_owned() => slot,
+    routes: Routes,
+    connections: TaskTracker,
+    stop: CancellationToken,
+) {
+    let handshakes = Arc::new(Handshakes::default());
+    let builder = Arc::new(connection::builder(&context.limits));
+    let accepting = async {
+        for number in 0u64.. {
+            let (tcp, from) = match listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Out of descriptors, most likely: wait until some are free again.
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "cannot accept a connection"
+                    );
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
             };
-            let tcp = tokio::select! {
-                () = shutdown.cancelled() => return,
-                accepted = listener.accept() => match accepted {
-                    Ok((tcp, _)) => tcp,
-                    Err(error) => {
-                        // Out of descriptors, most likely: wait until some are free again.
-                        tracing::warn!(error = &error as &dyn std::error::Error, "cannot accept a connection");
-                        tokio::time::sleep(Duration::from_millis(50)).await;
-                        continue;
-                    }
-                },
-            };
-            let (context, ready) = (context.clone(), ready.clone());
-            let acceptor = TlsAcceptor::from(tls.config());
-            tokio::spawn(async move {
-                let from = tcp.peer_addr().ok();
-                let timeout = context.limits.handshake_timeout;
-                match tokio::time::timeout(timeout, handshake(tcp, acceptor, slot, &context)).await {
-                    Ok(Ok(connection)) => {
-                        tracing::debug!(peer = connection.peer.name, ?from, "connected");
-                        context
-                            .metrics
-                            .connections
-                            .get_or_create(&outcome("accepted"))
-                            .inc();
-                        // The receiver goes only when the server stops.
-                        let _ = ready.send(Ok(connection)).await;
-                    }
-                    Ok(Err(error)) => {
-                        tracing::debug!(
-                            error = &error as &dyn std::error::Error,
-                            ?from,
-                            "handshake failed"
-                        );
-                        context
-                            .metrics
-                            .connections
-                            .get_or_create(&outcome("refused"))
-                            .inc();
-                    }
-                    Err(_) => {
-                        context
-                            .metrics
-                            .connections
-                            .get_or_create(&outcome("timeout"))
-                            .inc();
+            let knock = context.border().knock(from.ip(), &context.limits, context.now());
+            match knock {
+                Knock::Refuse(reason) => {
+                    context.refused(reason.as_str(), Some(from), "");
+                    continue;
+                }
+                Knock::Wait(wait) => tokio::time::sleep(wait).await,
+                Knock::Proceed => {}
+            }
+            handshakes.make_room(&context).await;
+            // Before the task begins, so that it finds its own place.
+            handshakes.inner().insert(number, (context.now(), None));
+            let task = connections.spawn({
+                let (tls, context, builder, routes) =
+                    (tls.clone(), context.clone(), builder.clone(), routes.clone());
+                let handshakes = handshakes.clone();
+                async move {
+                    let timeout = context.limits.handshake_timeout;
+                    let shaken = tokio::time::timeout(timeout, shake(tcp, &tls)).await;
+                    // Unless it was evicted in this moment: then its task ends at its next wait.
+                    handshakes.inner().remove(&number);
+                    match shaken {
+                        Ok(Ok(shaken)) => serve(shaken, from, &tls, context, &builder, routes).await,
+                        Ok(Err(error)) => {
+                            let reason = PeerRefusal::of_handshake(&error)
+                                .map_or(Reason::Network.as_str(), PeerRefusal::reason);
+                            context.refused(reason, Some(from), &error.to_string());
+                        }
+                        Err(_) => context.refused(Reason::Timeout.as_str(), Some(from), "no handshake"),
                     }
                 }
             });
+            if let Some((_, handle)) = handshakes.inner().get_mut(&number) {
+                *handle = Some(task.abort_handle());
+            }
         }
-    });
-    ReceiverStream::new(incoming)
+    };
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = accepting => {}
+    }
+    handshakes.abort_all();
 }
 
-fn outcome(outcome: &'static str) -> crate::metrics::Outcome {
-    crate::metrics::Outcome { outcome }
+/// A finished handshake, and the state of the TLS files that it was made with.
+struct Shaken {
+    stream: TlsStream<TcpStream>,
+    state: Arc<isthmus_tls::ServerState>,
 }
 
-async fn handshake(
-    tcp: TcpStream,
-    acceptor: TlsAcceptor,
-    slot: OwnedSemaphorePermit,
-    context: &Context,
-) -> io::Result<Connection> {
+async fn shake(tcp: TcpStream, tls: &ServerTls) -> io::Result<Shaken> {
     tcp.set_nodelay(true)?;
-    let stream = acceptor.accept(tcp).await?;
-    let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
-    let name = peer_common_name(chain).map_err(io::Error::other)?;
+    // A client that went without a word is noticed by TCP as well as by HTTP/2's pings, which a full connection cannot send.
+    setsockopt(&tcp, sockopt::KeepAlive, &true)?;
+    setsockopt(&tcp, sockopt::TcpKeepIdle, &PROBE_SECONDS.0)?;
+    setsockopt(&tcp, sockopt::TcpKeepInterval, &PROBE_SECONDS.1)?;
+    setsockopt(
+        &tcp,
+        sockopt::TcpUserTimeout,
+        &(UNACKNOWLEDGED_MAX.as_millis() as u32),
+    )?;
+    let state = tls.current();
+    let stream = TlsAcceptor::from(state.config()).accept(tcp).await?;
+    Ok(Shaken { stream, state })
+}
+
+/// A client's place at the border; given back with the value.
+struct Place {
+    context: Arc<Context>,
+    name: String,
+}
+
+impl Place {
+    fn take(context: &Arc<Context>, name: &str) -> Result<(Self, Arc<Shares>), Reason> {
+        let shares = context.border().enter(name, &context.limits, context.now())?;
+        let place = Self {
+            context: context.clone(),
+            name: name.to_owned(),
+        };
+        Ok((place, shares))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let now = self.context.now();
+        self.context.border().leave(&self.name, now);
+    }
+}
+
+async fn serve(
+    shaken: Shaken,
+    from: SocketAddr,
+    tls: &ServerTls,
+    context: Arc<Context>,
+    builder: &Builder,
+    routes: Routes,
+) {
+    let session = shaken.stream.get_ref().1;
+    let resumed = session.handshake_kind() == Some(HandshakeKind::Resumed);
+    let chain = session.peer_certificates().unwrap_or_default().to_vec();
+    let name = match peer_common_name(&chain) {
+        Ok(name) => name,
+        Err(error) => {
+            return context.refused(Reason::NoName.as_str(), Some(from), &error.to_string());
+        }
+    };
     let rights = Rights::of_common_name(&name, context.cluster.as_str());
+    let (_place, shares) = match Place::take(&context, &name) {
+        Ok(taken) => taken,
+        Err(reason) => return context.refused(reason.as_str(), Some(from), &name),
+    };
     if rights.is_none() {
         // Served, and refused call by call: that is an answer which a client can show to people.
-        tracing::warn!(
-            peer = name,
-            "the certificate's common name has no rights here; it takes admin-<this cluster>, local-<this cluster>, remote or remote-<other cluster>"
-        );
+        context.no_rights(&name);
     }
-    Ok(Connection {
-        peer: Arc::new(Peer {
-            name,
-            rights,
-            watches: AtomicUsize::new(0),
-        }),
-        stream,
-        _slot: slot,
-    })
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut TaskContext<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    let account = Account::new(context.totals.clone(), context.limits.pending_bytes);
+    let peer = Arc::new(Peer::new(name, rights, chain, shares, account));
+    let _entry = Registry::enter(&context, &peer);
+    // A resumed session was judged when it was new, and a handshake may have begun before the files changed. Whoever looks
+    // after connections judges those that have entered when the files change; so this comes after entering.
+    let current = tls.current();
+    let judged = !resumed && Arc::ptr_eq(&current, &shaken.state);
+    if !judged && let Err(refusal) = current.judge(&peer.chain, UnixTime::now()) {
+        return context.refused(refusal.reason(), Some(from), &peer.name);
     }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut TaskContext<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut TaskContext<'_>,
-        bytes: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bytes)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
+    tracing::debug!(peer = peer.name, ?from, resumed, "connected");
+    context.connected();
+    connection::serve(shaken.stream, peer, builder, routes).await;
 }

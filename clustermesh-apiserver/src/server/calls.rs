@@ -86,7 +86,7 @@ impl lease_server::Lease for Calls {
     ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
         self.header(&request)?;
         let context = self.0.clone();
-        let stop = context.shutdown.clone().cancelled_owned();
+        let stop = Peer::of(&request)?.left();
         if let Some(embedded) = write::writer(&context, &request) {
             let answers = write::lease_keep_alive(context.clone(), embedded.clone(), request.into_inner());
             return Ok(Response::new(Box::pin(answers.take_until(stop))));

@@ -43,6 +43,11 @@ pub fn no_authentication() -> Status {
 /// A limit of this server is reached.
 pub const TOO_MANY_REQUESTS: &str = "etcdserver: too many requests";
 
+/// Too much was asked for lately, by this client or by all.
+pub fn too_many_requests() -> Status {
+    Status::resource_exhausted(TOO_MANY_REQUESTS)
+}
+
 /// An answer that no reader should ask for in one piece.
 pub fn answer_too_large(bytes: usize, limit: usize, page: usize) -> Status {
     Status::resource_exhausted(format!(

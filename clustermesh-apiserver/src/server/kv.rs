@@ -61,6 +61,7 @@ impl kv_server::Kv for Kv {
         if !peer.may_read(&asked) {
             return Err(errors::permission_denied());
         }
+        self.0.list_turn(&peer).await?;
         self.0.metrics.ranges.inc();
         let mut changes = self.0.shared.changes();
         let mut answer = self.read(&range, &request)?;
@@ -78,13 +79,16 @@ impl kv_server::Kv for Kv {
         }
         let answer = answer.map_err(errors::out_of_range)?;
         // Up to here it shares the store's bytes; to send it is to copy it.
-        if answer.kvs.len() > PAGE {
-            let (bytes, limit) = (answer.encoded_len(), self.0.limits.answer_bytes);
-            if bytes > limit {
-                return Err(errors::answer_too_large(bytes, limit, PAGE));
-            }
+        let (bytes, limit) = (answer.encoded_len(), self.0.limits.answer_bytes);
+        if answer.kvs.len() > PAGE && bytes > limit {
+            return Err(errors::answer_too_large(bytes, limit, PAGE));
         }
-        Ok(Response::new(answer))
+        let place = self.0.list_answer(&peer, answer.kvs.len(), bytes).await?;
+        let mut response = Response::new(answer);
+        if let Some(place) = place {
+            response.extensions_mut().insert(place);
+        }
+        Ok(response)
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {

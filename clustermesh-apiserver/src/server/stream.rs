@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     task::{Context as TaskContext, Poll},
 };
 
@@ -14,7 +14,6 @@ use isthmus_proto::etcdserverpb::{
     ResponseHeader, WatchCreateRequest, WatchRequest, WatchResponse, watch_create_request::FilterType,
     watch_request::RequestUnion,
 };
-use isthmus_runtime::CancellationToken;
 use isthmus_tls::rights::KeyRange;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tokio_stream::wrappers::WatchStream as Changes;
@@ -41,7 +40,6 @@ pub(super) struct WatchStream {
     context: Arc<Context>,
     peer: Arc<Peer>,
     requests: Streaming<WatchRequest>,
-    shutdown: CancellationToken,
     /// Also wakes when the server stops.
     changes: Changes<i64>,
     /// Runs once a watch wants to be told of progress.
@@ -59,17 +57,11 @@ pub(super) struct WatchStream {
 }
 
 impl WatchStream {
-    pub(super) fn new(
-        context: Arc<Context>,
-        peer: Arc<Peer>,
-        requests: Streaming<WatchRequest>,
-        shutdown: CancellationToken,
-    ) -> Self {
+    pub(super) fn new(context: Arc<Context>, peer: Arc<Peer>, requests: Streaming<WatchRequest>) -> Self {
         context.metrics.streams.inc();
         Self {
             peer,
             requests,
-            shutdown,
             changes: Changes::from_changes(context.shared.changes()),
             ticker: None,
             control: VecDeque::new(),
@@ -128,10 +120,10 @@ impl WatchStream {
                 "rpc error: code = PermissionDenied desc = {}",
                 errors::PERMISSION_DENIED
             )
-        } else if self.peer.watches.load(Ordering::Relaxed) >= self.context.limits.watches {
-            errors::TOO_MANY_REQUESTS.to_owned()
         } else if asked_id != 0 && self.watches.contains_key(&asked_id) {
             "mvcc: duplicate watch ID provided on the WatchStream".to_owned()
+        } else if !self.context.take_watch(&self.peer) {
+            errors::TOO_MANY_REQUESTS.to_owned()
         } else {
             String::new()
         };
@@ -173,8 +165,6 @@ impl WatchStream {
             },
         );
         self.queue.push_back(id);
-        // Streams of a connection that open watches at the same moment may exceed the limit by one each.
-        self.peer.watches.fetch_add(1, Ordering::Relaxed);
         self.context.metrics.watches.inc();
         self.control.push_back(Frame::control(WatchResponse {
             header: Some(header),
@@ -202,7 +192,7 @@ impl WatchStream {
                 self.by_route.remove(watch.cursor.route());
             }
         }
-        self.peer.watches.fetch_sub(1, Ordering::Relaxed);
+        self.peer.watches_ended(1);
         self.context.metrics.watches.dec();
         Some(watch)
     }
@@ -318,9 +308,6 @@ impl WatchStream {
 
     fn poll(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Frame, Status>>> {
         loop {
-            if self.shutdown.is_cancelled() {
-                return Poll::Ready(Some(Err(errors::stopped())));
-            }
             if let Some(frame) = self.control.pop_front() {
                 return Poll::Ready(Some(Ok(frame)));
             }
@@ -343,6 +330,14 @@ impl WatchStream {
             }
             if let Some(frame) = self.next_events() {
                 return Poll::Ready(Some(Ok(frame)));
+            }
+            if self.peer.leaves() {
+                // What has changed since the last look is still said.
+                self.on_changes();
+                if self.queue.is_empty() {
+                    return Poll::Ready(Some(Err(errors::stopped())));
+                }
+                continue;
             }
             match Pin::new(&mut self.changes).poll_next(cx) {
                 Poll::Ready(Some(_)) => {
@@ -388,7 +383,7 @@ impl Stream for WatchStream {
 impl Drop for WatchStream {
     fn drop(&mut self) {
         self.context.metrics.streams.dec();
-        self.peer.watches.fetch_sub(self.watches.len(), Ordering::Relaxed);
+        self.peer.watches_ended(self.watches.len());
         self.context.metrics.watches.dec_by(self.watches.len() as i64);
     }
 }

@@ -5,7 +5,6 @@ use std::{convert::Infallible, sync::Arc};
 
 use bytes::{BufMut, Bytes};
 use isthmus_proto::etcdserverpb::{WatchRequest, WatchResponse};
-use isthmus_runtime::CancellationToken;
 use prost::Message;
 use tonic::{
     Request, Response, Status, Streaming,
@@ -109,12 +108,11 @@ impl Decoder for RequestDecoder {
 #[derive(Clone)]
 pub(super) struct WatchServer {
     context: Arc<Context>,
-    shutdown: CancellationToken,
 }
 
 impl WatchServer {
-    pub(super) fn new(context: Arc<Context>, shutdown: CancellationToken) -> Self {
-        Self { context, shutdown }
+    pub(super) fn new(context: Arc<Context>) -> Self {
+        Self { context }
     }
 }
 
@@ -129,9 +127,9 @@ impl StreamingService<WatchRequest> for WatchServer {
 
     fn call(&mut self, request: Request<Streaming<WatchRequest>>) -> Self::Future {
         let peer = Peer::of(&request);
-        let (context, shutdown) = (self.context.clone(), self.shutdown.clone());
+        let context = self.context.clone();
         Box::pin(async move {
-            let stream = WatchStream::new(context, peer?, request.into_inner(), shutdown);
+            let stream = WatchStream::new(context, peer?, request.into_inner());
             Ok(Response::new(stream))
         })
     }

@@ -281,6 +281,8 @@ pub fn config(name: &str, id: u32, etcd: EtcdConfig, pki: &Pki) -> Config {
         connection: quick(),
         limits: ServerLimits {
             progress_interval: Duration::from_millis(200),
+            shutdown_grace: Duration::ZERO,
+            shutdown_spread: Duration::from_millis(200),
             ..ServerLimits::default()
         },
         history: HistoryLimits::default(),
