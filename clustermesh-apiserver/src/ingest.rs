@@ -107,6 +107,11 @@ impl Ingest {
         pending.ended.is_some().then_some(&pending.present)
     }
 
+    /// Whether a list is under way or waits.
+    pub fn is_pending(&self) -> bool {
+        self.pending.is_some()
+    }
+
     /// Lets a list that is at its end into the store: its source has published everything again.
     pub fn release(&mut self, store: &mut Store, sub: &SubId) {
         let Some(pending) = self.pending.take_if(|pending| pending.ended.is_some()) else {

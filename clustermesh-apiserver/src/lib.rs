@@ -33,13 +33,11 @@ use embedded::{
     file::{File, Opened},
 };
 use metrics::{EmbeddedMetrics, MirrorMetrics, ServerMetrics, StoreMetrics};
-use mirror::MirrorConfig;
+use mirror::{MirrorConfig, readiness::ReadyTimeouts};
 use server::ServerLimits;
 use shared::Shared;
 use store::{HistoryLimits, Store, SubId};
 
-/// Name of the mirror in the health register.
-const MIRROR: &str = "mirror";
 /// How often the store's metrics are set.
 const METRICS_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -88,6 +86,8 @@ pub struct Config {
     pub history: HistoryLimits,
     /// History kept of each kind of each remote cluster.
     pub remote_history: HistoryLimits,
+    /// How long readiness waits for remote clusters.
+    pub ready: ReadyTimeouts,
 }
 
 impl Config {
@@ -228,23 +228,24 @@ impl Bound {
                 max: config.max,
                 directory: directory.clone(),
                 connection: config.connection.clone(),
+                ready: config.ready,
             };
             let metrics = MirrorMetrics::new(&metrics);
             let (looked, first_look) = oneshot::channel();
-            let run = mirror::run(config, shared.clone(), metrics, looked, feeding.clone());
-            mirror = Some(tokio::spawn(run));
             // A cluster without a status is none to agents: nobody is answered before each configured one has its status.
             let why = format!(
                 "waiting to read --clustermesh-config {}; without it agents would take remote clusters for removed",
                 directory.display()
             );
-            health.set(MIRROR, isthmus_runtime::State::Starting(why));
+            health.set(mirror::PART, isthmus_runtime::State::Starting(why));
+            let (shared, health) = (shared.clone(), health.clone());
+            let run = mirror::run(config, shared, metrics, health, looked, feeding.clone());
+            mirror = Some(tokio::spawn(run));
             tokio::select! {
                 () = shutdown.cancelled() => {}
                 // It ends without a word only with the process.
                 _ = first_look => {}
             }
-            health.set(MIRROR, isthmus_runtime::State::Ok("mirroring".to_owned()));
         }
         let measure = tokio::spawn(measure(
             StoreMetrics::new(&metrics),

@@ -7,7 +7,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use isthmus_clustermesh_apiserver::{
-    Config, StoreConfig, bind, embedded::HistoryKept, store::HistoryLimits,
+    Config, StoreConfig, bind, embedded::HistoryKept, mirror::readiness::ReadyTimeouts, store::HistoryLimits,
 };
 use isthmus_kvstore::{EtcdConfig, Options};
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
@@ -54,6 +54,22 @@ struct Args {
     /// Directory with a YAML file for each remote cluster, named like it. Without it nothing is mirrored.
     #[arg(long, env = "ISTHMUS_CLUSTERMESH_CONFIG", value_name = "DIR")]
     clustermesh_config: Option<PathBuf>,
+    /// A remote cluster that was not connected within this time is not waited for by /readyz: 500ms, 5s, 1m.
+    #[arg(
+        long,
+        env = "ISTHMUS_PER_CLUSTER_READY_TIMEOUT",
+        value_name = "DURATION",
+        default_value = "5s"
+    )]
+    per_cluster_ready_timeout: String,
+    /// /readyz waits no longer than this for remote clusters that are connected and not read in full: 30s, 10m, 1h.
+    #[arg(
+        long,
+        env = "ISTHMUS_GLOBAL_READY_TIMEOUT",
+        value_name = "DURATION",
+        default_value = "10m"
+    )]
+    global_ready_timeout: String,
     /// Address to serve etcd's API on.
     #[arg(long, env = "ISTHMUS_LISTEN", default_value = "0.0.0.0:2379")]
     listen: SocketAddr,
@@ -92,6 +108,14 @@ fn run(args: Args) -> anyhow::Result<()> {
     let max = args.max_connected_clusters;
     let cluster_id = ClusterId::new(args.cluster_id, max)
         .map_err(|error| usage("cluster-id", &args.cluster_id, error.to_string()))?;
+    let duration = |flag, text: &String| {
+        let takes = "it takes a number with a unit: 500ms, 30s, 10m or 1h";
+        parse_duration(text).ok_or_else(|| usage(flag, text, takes.to_owned()))
+    };
+    let ready = ReadyTimeouts {
+        per_cluster: duration("per-cluster-ready-timeout", &args.per_cluster_ready_timeout)?,
+        global: duration("global-ready-timeout", &args.global_ready_timeout)?,
+    };
     // Which of the two is needed was checked when the arguments were read.
     let store = match args.store {
         StoreKind::Etcd => {
@@ -120,6 +144,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         limits: args.limits.limits()?,
         history: HistoryLimits::default(),
         remote_history: Config::REMOTE_HISTORY,
+        ready,
     };
     let runtime = tokio::runtime::Runtime::new().context("cannot start the runtime")?;
     runtime.block_on(async {

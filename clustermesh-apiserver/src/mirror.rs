@@ -9,6 +9,9 @@
 
 pub mod admission;
 pub mod directory;
+pub mod grants;
+pub mod progress;
+pub mod readiness;
 pub mod remote;
 pub mod translate;
 
@@ -21,16 +24,22 @@ use std::{
 
 use isthmus_kvstore::{EtcdConfig, Options, Update, follow};
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
-use isthmus_runtime::CancellationToken;
+use isthmus_runtime::{CancellationToken, Health};
 use isthmus_wire::{keys::REMOTE_STATUS, status::RemoteStatus};
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
+    time::Instant,
 };
 
 use crate::{metrics::MirrorMetrics, shared::Shared};
 use admission::ClusterIds;
+use grants::Grants;
+use readiness::{Board, ReadyTimeouts};
 use remote::Remote;
+
+/// Name of the mirror in the health register.
+pub const PART: &str = "mirror";
 
 /// How often the directory is looked at.
 const SCAN_INTERVAL: Duration = Duration::from_secs(1);
@@ -54,11 +63,38 @@ pub struct MirrorConfig {
     pub directory: PathBuf,
     /// Connections to remote clusters.
     pub connection: Options,
+    /// How long readiness waits for remote clusters.
+    pub ready: ReadyTimeouts,
+}
+
+/// What a remote cluster's file says.
+#[derive(Clone, Debug, PartialEq)]
+struct RemoteFile {
+    etcd: EtcdConfig,
+    grants: Grants,
+}
+
+impl RemoteFile {
+    fn parse(text: &str) -> Result<Self, String> {
+        Ok(Self {
+            etcd: EtcdConfig::parse(text).map_err(|error| chain(&error))?,
+            grants: Grants::parse(text).map_err(|error| chain(&error))?,
+        })
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", chain(source)),
+        None => error.to_string(),
+    }
 }
 
 struct Running {
     text: String,
-    config: watch::Sender<EtcdConfig>,
+    config: watch::Sender<RemoteFile>,
+    /// Its file was missed at the last look.
+    leaving: watch::Sender<bool>,
     /// What is wrong with its file now; empty if nothing is.
     complaint: watch::Sender<String>,
     removed: CancellationToken,
@@ -71,11 +107,15 @@ pub async fn run(
     config: MirrorConfig,
     shared: Shared,
     metrics: MirrorMetrics,
+    health: Health,
     looked: oneshot::Sender<()>,
     shutdown: CancellationToken,
 ) {
     let mut looked = Some(looked);
+    let board = Board::default();
+    let standings = board.subscribe();
     let mut mirror = Mirror {
+        board: Arc::new(board),
         ids: Arc::new(Mutex::new(ClusterIds::new(config.cluster_id))),
         config,
         shared,
@@ -92,6 +132,14 @@ pub async fn run(
         {
             // Who waited may be gone: then the process ends.
             let _ = looked.send(());
+            let (ready, shutdown) = (mirror.config.ready, mirror.shutdown.clone());
+            tokio::spawn(readiness::watch(
+                PART,
+                standings.clone(),
+                ready,
+                health.clone(),
+                shutdown,
+            ));
         }
         tokio::select! {
             () = mirror.shutdown.cancelled() => break,
@@ -105,6 +153,7 @@ pub async fn run(
 }
 
 struct Mirror {
+    board: Arc<Board>,
     config: MirrorConfig,
     shared: Shared,
     ids: Arc<Mutex<ClusterIds>>,
@@ -152,12 +201,9 @@ impl Mirror {
         self.remove_missing(|name| scan.files.contains_key(name) || scan.others.contains(name))
             .await;
         for (name, text) in scan.files {
-            match EtcdConfig::parse(&text) {
-                Ok(etcd) => self.set(name, text, etcd),
-                Err(error) => {
-                    let error: &dyn std::error::Error = &error;
-                    let source = error.source().map(|source| format!(": {source}"));
-                    let complaint = format!("{error}{}", source.unwrap_or_default());
+            match RemoteFile::parse(&text) {
+                Ok(file) => self.set(name, text, file),
+                Err(complaint) => {
                     self.complain(&name, &complaint);
                     complaints.insert(name.to_string(), complaint);
                 }
@@ -205,6 +251,12 @@ impl Mirror {
                 *self.misses.entry(name.clone()).or_default() += 1;
             }
         }
+        for (name, running) in &self.running {
+            let missed = self.misses.contains_key(name);
+            running
+                .leaving
+                .send_if_modified(|leaving| std::mem::replace(leaving, missed) != missed);
+        }
         let gone: Vec<ClusterName> = self
             .misses
             .extract_if(.., |_, misses| *misses >= MISSES_MAX)
@@ -221,11 +273,12 @@ impl Mirror {
                 // It drains what it mirrored, which waits for nothing.
                 let _ = gone.task.await;
                 self.metrics.forget(name.as_str());
+                self.board.send_if_modified(|board| board.remove(&name).is_some());
             }
         }
     }
 
-    fn set(&mut self, name: ClusterName, text: String, etcd: EtcdConfig) {
+    fn set(&mut self, name: ClusterName, text: String, file: RemoteFile) {
         if let Some(known) = self.running.get_mut(&name) {
             known.complaint.send_if_modified(|before| {
                 let changed = !before.is_empty();
@@ -233,18 +286,26 @@ impl Mirror {
                 changed
             });
             if known.text != text {
-                tracing::info!(cluster = %name, "the cluster's file changed; connecting anew");
+                tracing::info!(cluster = %name, "the cluster's file changed");
                 known.text = text;
-                known.config.send_replace(etcd);
+                known
+                    .config
+                    .send_if_modified(|before| std::mem::replace(before, file.clone()) != file);
             }
             return;
         }
         tracing::info!(cluster = %name, "mirroring a remote cluster");
-        let (config, receiver) = watch::channel(etcd);
+        let remote = Remote::new(name.clone(), self.config.max, file.grants.clone());
+        let (config, receiver) = watch::channel(file);
+        let (leaving, leaves) = watch::channel(false);
         let (complaint, complaints) = watch::channel(String::new());
         let removed = CancellationToken::new();
         let mut task = Task {
-            remote: Remote::new(name.clone(), self.config.max),
+            remote,
+            name: name.clone(),
+            board: self.board.clone(),
+            ready: self.config.ready,
+            begun: Instant::now(),
             shared: self.shared.clone(),
             ids: self.ids.clone(),
             metrics: self.metrics.clone(),
@@ -255,10 +316,11 @@ impl Mirror {
         // Here, not in the task: the look is over when each cluster has a status.
         task.with(|remote, store, ids| remote.start(store, ids));
         self.unusable.remove(&name);
-        let task = tokio::spawn(task.run(receiver, complaints));
+        let task = tokio::spawn(task.run(receiver, complaints, leaves));
         let running = Running {
             text,
             config,
+            leaving,
             complaint,
             removed,
             task,
@@ -269,6 +331,10 @@ impl Mirror {
 
 struct Task {
     remote: Remote,
+    name: ClusterName,
+    board: Arc<Board>,
+    ready: ReadyTimeouts,
+    begun: Instant,
     shared: Shared,
     ids: Arc<Mutex<ClusterIds>>,
     metrics: MirrorMetrics,
@@ -278,13 +344,23 @@ struct Task {
 }
 
 impl Task {
-    async fn run(mut self, mut config: watch::Receiver<EtcdConfig>, mut complaints: watch::Receiver<String>) {
+    async fn run(
+        mut self,
+        mut config: watch::Receiver<RemoteFile>,
+        mut complaints: watch::Receiver<String>,
+        mut leaves: watch::Receiver<bool>,
+    ) {
         let mut ticker = tokio::time::interval(STATUS_INTERVAL);
         ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let stop = self.shutdown.child_token();
-            let etcd = config.borrow_and_update().clone();
-            let mut follow = follow(etcd, self.connection.clone(), self.remote.feeds(), stop.clone());
+            let etcd = config.borrow_and_update().etcd.clone();
+            let mut follow = follow(
+                etcd.clone(),
+                self.connection.clone(),
+                self.remote.feeds(),
+                stop.clone(),
+            );
             let feeds = follow.feeds.clone();
             loop {
                 let changes = tokio::select! {
@@ -295,10 +371,26 @@ impl Task {
                         return;
                     }
                     changed = config.changed() => match changed {
-                        Ok(()) => break,
+                        Ok(()) => {
+                            let file = config.borrow_and_update().clone();
+                            let changes = self.with(|remote, store, _| remote.set_grants(store, file.grants, now_ms()));
+                            if file.etcd != etcd {
+                                self.with(|remote, store, _| remote.on_reconfigured(store, now_ms()));
+                                break;
+                            }
+                            changes
+                        }
                         // The directory task ends only with the process.
                         Err(_) => return,
                     },
+                    changed = leaves.changed() => {
+                        if changed.is_err() {
+                            return;
+                        }
+                        let leaving = *leaves.borrow_and_update();
+                        self.with(|remote, store, _| remote.on_leaving(store, leaving, now_ms()));
+                        Vec::new()
+                    }
                     changed = complaints.changed() => {
                         if changed.is_err() {
                             return;
@@ -364,6 +456,14 @@ impl Task {
             act(remote, store, &mut ids)
         });
         self.remote.export(&self.metrics);
+        let standing = readiness::standing(self.remote.status(), self.begun.elapsed(), self.ready);
+        self.board.send_if_modified(|board| {
+            let changed = board.get(&self.name) != Some(&standing);
+            if changed {
+                board.insert(self.name.clone(), standing);
+            }
+            changed
+        });
         result
     }
 }

@@ -3,6 +3,7 @@
 //! Order: its config, admitted or not; then, kind by kind, as soon as the remote says that it has published everything of
 //! it (its canary), the objects; then our own canary, which tells local agents the same.
 
+mod objects;
 mod status;
 
 use std::{
@@ -14,7 +15,6 @@ use bytes::Bytes;
 use isthmus_kvstore::{Change, Feed, Update};
 use isthmus_model::{ClusterName, MaxConnectedClusters};
 use isthmus_wire::{
-    Refusal,
     keys::{self, CLUSTER_CONFIG, HEARTBEAT, Kind, REMOTE_STATUS, SYNCED, Scope},
     refusal::VALUE_LEN_MAX,
     status::RemoteStatus,
@@ -22,12 +22,15 @@ use isthmus_wire::{
 
 use super::{
     admission::{Admitted, ClusterIds, admit},
+    grants::Grants,
+    progress::Progress,
     translate::Border,
 };
 use crate::{
-    ingest::{Ingest, Ingested},
-    store::{SourceChange, Store, SubId},
+    ingest::Ingest,
+    store::{Store, SubId},
 };
+use objects::Pending;
 
 /// Canaries that are remembered; a remote has a handful.
 const CANARIES_MAX: usize = 64;
@@ -72,12 +75,19 @@ struct Mirrored {
     sub: SubId,
     ingest: Ingest,
     synced: bool,
+    /// The source's cluster ID, once it was listed.
+    source_id: u64,
+    /// The list that is under way.
+    pending: Option<Pending>,
+    /// Objects were refused for want of room.
+    no_room: bool,
 }
 
 /// A configured remote cluster.
 pub struct Remote {
     cluster: ClusterName,
     max: MaxConnectedClusters,
+    grants: Arc<Grants>,
     config: Option<Bytes>,
     admitted: Option<Admitted>,
     /// Those that the remote has now.
@@ -92,6 +102,11 @@ pub struct Remote {
     /// Since when the next one is waited for, Unix milliseconds; `None` before the first connection.
     heartbeat_due_ms: Option<u64>,
     logged: BTreeSet<Bytes>,
+    progress: Progress,
+    /// When a list for want of room may begin, Unix milliseconds.
+    room_due_ms: u64,
+    /// Its file was missed at the last look.
+    leaving: bool,
     /// Why it is not admitted, or what fails; the connection's error comes first.
     problem: String,
     connection_error: String,
@@ -99,14 +114,18 @@ pub struct Remote {
     complaint: String,
     status: RemoteStatus,
     written: Option<RemoteStatus>,
+    /// When the connection was lost, Unix milliseconds; 0 if it was not.
+    lost_ms: u64,
+    was_connected: bool,
     /// Counters that were not exported yet.
+    new_reconnects: u64,
     new_failures: u64,
     new_refusals: BTreeMap<&'static str, u64>,
 }
 
 impl Remote {
     /// A remote cluster that nothing is known about.
-    pub fn new(cluster: ClusterName, max: MaxConnectedClusters) -> Self {
+    pub fn new(cluster: ClusterName, max: MaxConnectedClusters, grants: Grants) -> Self {
         Self {
             status: RemoteStatus {
                 name: cluster.to_string(),
@@ -114,6 +133,7 @@ impl Remote {
             },
             cluster,
             max,
+            grants: Arc::new(grants),
             config: None,
             admitted: None,
             canaries: BTreeSet::new(),
@@ -123,10 +143,16 @@ impl Remote {
             heartbeat: None,
             heartbeat_due_ms: None,
             logged: BTreeSet::new(),
+            progress: Progress::default(),
+            room_due_ms: 0,
+            leaving: false,
             problem: String::new(),
             connection_error: "connecting".to_owned(),
             complaint: String::new(),
             written: None,
+            lost_ms: 0,
+            was_connected: false,
+            new_reconnects: 0,
             new_failures: 0,
             new_refusals: BTreeMap::new(),
         }
@@ -162,19 +188,27 @@ impl Remote {
     ) -> Vec<FeedChange> {
         let mut changes = Vec::new();
         match update {
-            Update::Connected { .. } => {
-                self.status.connected = true;
-                self.connection_error.clear();
-            }
-            Update::Disconnected { error, .. } => {
-                self.status.connected = false;
+            Update::Connected { .. } => self.on_connected(now_ms),
+            Update::Disconnected { error, retry_in } => {
                 self.live.clear();
-                self.on_failure(error, now_ms);
+                self.on_disconnected(error, retry_in, now_ms);
             }
             Update::Failed { feed, error } => self.on_failure(format!("{feed}: {error}"), now_ms),
-            Update::Listing { feed, trusted, .. } => {
-                if let Some((_, mirrored)) = self.kinds.get_mut(&feed) {
+            Update::Listing {
+                feed,
+                trusted,
+                expected,
+                ..
+            } => {
+                if let Some((kind, mirrored)) = self.kinds.get_mut(&feed) {
                     mirrored.ingest.on_listing(trusted);
+                    mirrored.pending = Some(Pending {
+                        full: !trusted,
+                        bytes: 0,
+                    });
+                    // More than are followed do not come.
+                    let expected = expected.min(mirrored.feed.keys_max as u64);
+                    self.progress.on_listing(*kind, expected, now_ms);
                 }
             }
             Update::Changes {
@@ -191,7 +225,7 @@ impl Remote {
                     self.on_canaries(reported);
                     changes = self.start_kinds(store);
                 } else {
-                    self.on_objects(store, &feed, revision, reported);
+                    self.on_objects(store, &feed, revision, reported, now_ms);
                 }
             }
             Update::Listed {
@@ -200,10 +234,13 @@ impl Remote {
                 revision,
                 new_history,
             } => {
-                if let Some((_, mirrored)) = self.kinds.get_mut(&feed) {
+                if let Some((kind, mirrored)) = self.kinds.get_mut(&feed) {
+                    self.progress.on_listed(*kind);
+                    mirrored.source_id = cluster_id;
+                    let shown_id = cluster_id ^ self.grants.fingerprint();
                     mirrored
                         .ingest
-                        .on_listed(store, &mirrored.sub, cluster_id, revision, new_history);
+                        .on_listed(store, &mirrored.sub, shown_id, revision, new_history);
                 } else if feed.starts_with(CLUSTER_CONFIG) {
                     changes = self.judge(store, ids);
                 }
@@ -225,6 +262,7 @@ impl Remote {
                 status.stale,
                 status.status.clone(),
                 status.cluster_id,
+                status.phase,
             )
         };
         if self.written.as_ref().map(urgent) != Some(urgent(&self.status)) {
@@ -240,14 +278,35 @@ impl Remote {
         self.write_status(store);
     }
 
+    /// Its file was missed at the last look, or is there again.
+    pub fn on_leaving(&mut self, store: &mut Store, leaving: bool, now_ms: u64) {
+        self.leaving = leaving;
+        self.refresh(store, now_ms);
+        self.write_status(store);
+    }
+
+    /// It is connected to anew, maybe elsewhere; what is known stays.
+    pub fn on_reconfigured(&mut self, store: &mut Store, now_ms: u64) {
+        self.live.clear();
+        self.on_moved(now_ms);
+        self.refresh(store, now_ms);
+        self.write_status(store);
+    }
+
+    /// What is known about it.
+    pub fn status(&self) -> &RemoteStatus {
+        &self.status
+    }
+
     /// To be called about once a second: writes the status if it changed, and asks again for what is not admitted.
     pub fn on_tick(&mut self, store: &mut Store, ids: &mut ClusterIds, now_ms: u64) -> Vec<FeedChange> {
         let refused = self.admitted.is_none() || !self.problem.is_empty();
-        let changes = if self.config.is_some() && refused {
+        let mut changes = if self.config.is_some() && refused {
             self.judge(store, ids)
         } else {
             Vec::new()
         };
+        changes.extend(self.use_room(store, now_ms));
         self.refresh(store, now_ms);
         self.write_status(store);
         changes
@@ -265,14 +324,7 @@ impl Remote {
         store.delete_local(keys::cluster_config(&self.cluster).as_bytes());
         store.delete_local_prefix(&self.synced_prefix());
         self.admitted = None;
-        std::mem::take(&mut self.kinds)
-            .into_iter()
-            .map(|(name, (_, mirrored))| {
-                store.remove_sub(&mirrored.sub);
-                self.live.remove(&name);
-                FeedChange::Remove(name)
-            })
-            .collect()
+        self.drop_kinds(store, |_| true)
     }
 
     fn on_heartbeat(&mut self, reported: Vec<Change>, now_ms: u64) {
@@ -330,7 +382,8 @@ impl Remote {
                     let _ = admit(&self.cluster, self.config.as_deref(), self.max, ids);
                 }
                 if !admitted.slices {
-                    changes.extend(self.drop_slices(store));
+                    let slices = |kind| matches!(kind, Kind::Frames | Kind::Slices);
+                    changes.extend(self.drop_kinds(store, slices));
                 }
                 let config = admitted.mirrored.encode();
                 store.put_local(keys::cluster_config(&self.cluster).into(), config.into());
@@ -339,28 +392,6 @@ impl Remote {
                 changes
             }
         }
-    }
-
-    fn drop_slices(&mut self, store: &mut Store) -> Vec<FeedChange> {
-        let is_slices = |kind: &Kind| matches!(kind, Kind::Frames | Kind::Slices);
-        let names: Vec<Arc<str>> = self
-            .kinds
-            .iter()
-            .filter(|(_, (kind, _))| is_slices(kind))
-            .map(|(name, _)| name.clone())
-            .collect();
-        let mut changes = Vec::new();
-        for name in names {
-            if let Some((kind, mirrored)) = self.kinds.remove(&name) {
-                store.remove_sub(&mirrored.sub);
-                if let Some(canary) = keys::canary(&self.cluster, kind, Scope::Cache) {
-                    store.delete_local(canary.as_bytes());
-                }
-                self.live.remove(&name);
-                changes.push(FeedChange::Remove(name));
-            }
-        }
-        changes
     }
 
     // Kinds.
@@ -403,97 +434,23 @@ impl Remote {
             if self.kinds.values().any(|(known, _)| *known == kind) {
                 continue;
             }
-            self.feeds_made += 1;
-            let feed = Feed {
-                name: format!("{}#{}", border.prefix(), self.feeds_made).into(),
-                ..Feed::prefix(border.prefix(), kind.value_len_max()).with_keys_max(keys_max(kind))
-            };
-            let sub = SubId::Remote(self.cluster.clone(), kind);
+            let feed = self.make_feed(kind, border.prefix());
+            let sub = self.sub(kind);
             store.add_sub(sub.clone());
             let mirrored = Mirrored {
                 feed: feed.clone(),
-                border,
+                border: border.with_grants(self.grants.clone()),
                 sub,
                 ingest: Ingest::default(),
                 synced: false,
+                source_id: 0,
+                pending: None,
+                no_room: false,
             };
             self.kinds.insert(feed.name.clone(), (kind, mirrored));
             changes.push(FeedChange::Add(feed));
         }
         changes
-    }
-
-    fn on_objects(&mut self, store: &mut Store, feed: &Arc<str>, revision: i64, reported: Vec<Change>) {
-        let Some((kind, mirrored)) = self.kinds.get_mut(feed) else {
-            return;
-        };
-        let mut ingested = Vec::with_capacity(reported.len());
-        let mut refusals: Vec<(Bytes, Refusal)> = Vec::new();
-        for change in reported {
-            match change {
-                Change::Put {
-                    key,
-                    value,
-                    create_revision,
-                    mod_revision,
-                    version,
-                } => match mirrored.border.check(&key, &value) {
-                    Ok(to) => {
-                        self.logged.remove(&key);
-                        ingested.push(Ingested::Change(SourceChange::Put {
-                            key: to.into(),
-                            value,
-                            create_revision,
-                            mod_revision,
-                            version,
-                        }));
-                    }
-                    Err(refusal) => {
-                        ingested.extend(
-                            mirrored
-                                .border
-                                .translate(&key)
-                                .ok()
-                                .map(|to| Ingested::Kept(to.into())),
-                        );
-                        refusals.push((key, refusal));
-                    }
-                },
-                Change::Delete { key, mod_revision } => {
-                    self.logged.remove(&key);
-                    // A key that does not translate was never taken.
-                    if let Ok(to) = mirrored.border.translate(&key) {
-                        let key = to.into();
-                        ingested.push(Ingested::Change(SourceChange::Delete { key, mod_revision }));
-                    }
-                }
-                // It is not followed, and so was never taken.
-                Change::Refused {
-                    key, surplus: true, ..
-                } => {
-                    let (what, limit) = ("the prefix", keys_max(*kind));
-                    let len = limit + 1;
-                    refusals.push((key, Refusal::TooMany { what, len, limit }));
-                }
-                Change::Refused { key, len, .. } => {
-                    ingested.extend(
-                        mirrored
-                            .border
-                            .translate(&key)
-                            .ok()
-                            .map(|to| Ingested::Kept(to.into())),
-                    );
-                    let limit = kind.value_len_max();
-                    refusals.push((key, Refusal::TooLarge { len, limit }));
-                }
-            }
-        }
-        mirrored
-            .ingest
-            .on_changes(store, &mirrored.sub, revision, ingested);
-        for (key, refusal) in refusals {
-            self.on_refusal(key, &refusal);
-        }
     }
 
     /// Lets lists into the store that may go there, and says so to local agents. A remote that lost its data and begins anew
@@ -510,6 +467,9 @@ impl Remote {
             let complete = !admitted.canaries || (canaries_live && self.canaries.contains(base));
             if published && complete {
                 mirrored.ingest.release(store, &mirrored.sub);
+            }
+            if mirrored.pending.is_some() && !mirrored.ingest.is_pending() {
+                mirrored.pending = None;
             }
             if self.live.contains(name)
                 && mirrored.ingest.waiting().is_none()

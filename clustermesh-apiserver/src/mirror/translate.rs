@@ -1,4 +1,7 @@
-//! The border: a remote cluster's key to the key of its mirror, and the checks that its value must pass. Pure.
+//! The border: a remote cluster's key to the key of its mirror, and the checks that its value must pass: those of every
+//! reader, and what the receiver grants. Pure.
+
+use std::sync::Arc;
 
 use isthmus_model::{ClusterId, ClusterName, IdentityRange, MaxConnectedClusters};
 use isthmus_wire::{
@@ -7,6 +10,8 @@ use isthmus_wire::{
     node, service, slice,
 };
 
+use super::grants::Grants;
+
 /// One kind of one remote cluster's objects.
 #[derive(Clone, Debug)]
 pub struct Border {
@@ -14,6 +19,7 @@ pub struct Border {
     cluster: ClusterName,
     id: ClusterId,
     range: IdentityRange,
+    grants: Arc<Grants>,
     from: String,
     to: String,
 }
@@ -32,9 +38,20 @@ impl Border {
             cluster: cluster.clone(),
             id,
             range: IdentityRange::of(id, max),
+            grants: Arc::default(),
             from: kind.prefix(scope, cluster)?,
             to: kind.prefix(Scope::Cache, cluster)?,
         })
+    }
+
+    /// The same with what the receiver grants.
+    pub fn with_grants(self, grants: Arc<Grants>) -> Self {
+        Self { grants, ..self }
+    }
+
+    /// The remote cluster's key for the mirror's `key`.
+    pub fn source_key(&self, key: &[u8]) -> Result<String, Refusal> {
+        Ok(format!("{}{}", self.from, keys::suffix(key, &self.to)?))
     }
 
     /// The prefix that is read.
@@ -51,16 +68,25 @@ impl Border {
     /// Checks an object as its readers will, and returns the mirror's key.
     pub fn check(&self, key: &[u8], value: &[u8]) -> Result<String, Refusal> {
         let suffix = keys::suffix(key, &self.from)?;
+        let grants = &self.grants;
         match self.kind {
-            Kind::Nodes => node::decode(suffix, value, &self.cluster, self.id).map(drop)?,
-            Kind::Ip => ip::decode(suffix, value, self.range).map(drop)?,
+            Kind::Nodes => {
+                let node = node::decode(suffix, value, &self.cluster, self.id)?;
+                grants.node(&node, value)?;
+            }
+            Kind::Ip => grants.ip(&ip::decode(suffix, value, self.range)?)?,
             Kind::Identities => {
                 let number = keys::parse_identity(suffix)?;
-                identity::decode(number, value, &self.cluster, self.range).map(drop)?;
+                let labels = identity::decode(number, value, &self.cluster, self.range)?;
+                grants.identity_labels(number, &labels)?;
             }
-            Kind::Services => service::decode(suffix, value, &self.cluster, self.id).map(drop)?,
-            Kind::Frames => slice::decode_frame(suffix, value, &self.cluster, self.id).map(drop)?,
-            Kind::Slices => slice::decode_slice(suffix, value, &self.cluster, self.id).map(drop)?,
+            Kind::Services => {
+                let (frame, slices) = service::decode(suffix, value, &self.cluster, self.id)?;
+                grants.frame(&frame)?;
+                slices.iter().try_for_each(|slice| grants.slice(slice))?;
+            }
+            Kind::Frames => grants.frame(&slice::decode_frame(suffix, value, &self.cluster, self.id)?)?,
+            Kind::Slices => grants.slice(&slice::decode_slice(suffix, value, &self.cluster, self.id)?)?,
         }
         Ok(format!("{}{suffix}", self.to))
     }

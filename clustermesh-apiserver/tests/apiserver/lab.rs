@@ -13,7 +13,8 @@ use std::{
 use bytes::Bytes;
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use isthmus_clustermesh_apiserver::{
-    Config, StoreConfig, bind, embedded::HistoryKept, server::ServerLimits, store::HistoryLimits,
+    Config, StoreConfig, bind, embedded::HistoryKept, mirror::readiness::ReadyTimeouts, server::ServerLimits,
+    store::HistoryLimits,
 };
 use isthmus_kvstore::{Change, EtcdConfig, Feed, Options, Update, Writer, WriterOptions, follow};
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
@@ -287,6 +288,7 @@ pub fn config(name: &str, id: u32, etcd: EtcdConfig, pki: &Pki) -> Config {
         },
         history: HistoryLimits::default(),
         remote_history: Config::REMOTE_HISTORY,
+        ready: ReadyTimeouts::default(),
     }
 }
 

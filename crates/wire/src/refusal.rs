@@ -108,7 +108,9 @@ pub enum Refusal {
         got: String,
     },
     /// More bytes than the reader's configuration allows the cluster it came from.
-    #[error("with it the cluster's objects would be {bytes} bytes, more than the limit of {limit}; see max-bytes under isthmus-accept in its file")]
+    #[error(
+        "with it the cluster's objects would be {bytes} bytes, more than the limit of {limit}; see max-bytes under isthmus-accept in its file"
+    )]
     TooManyBytes {
         /// Bytes of all its objects with this one.
         bytes: u64,

@@ -1,9 +1,12 @@
 //! What a remote cluster's mirror says about itself: to agents and people by its status, to Prometheus by metrics.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use isthmus_wire::{
     Refusal,
     keys::{HEARTBEAT, REMOTE_STATUS},
+    status::Phase,
 };
 
 use super::{Remote, kind_name, wanted};
@@ -12,6 +15,8 @@ use crate::{
     store::Store,
 };
 
+/// Target of the log lines that say what was refused.
+const AUDIT: &str = "isthmus_audit";
 /// Refused keys that are remembered so that each is logged once.
 const LOGGED_MAX: usize = 10_000;
 /// A heartbeat that is older is late: Cilium writes it once a minute, we every ten seconds.
@@ -19,14 +24,52 @@ const HEARTBEAT_AGE_MAX_MS: u64 = 120_000;
 /// What a stopped heart means. Without an age: a status that changes every second is sent every second.
 const STALE: &str = "it answers, but its heartbeat has stopped for more than 2 min: its operator does not write, or its \
                      API server has lost its etcd; what is known of it stays in use";
+/// Bytes are shown to the next multiple: a status that changes with every object would be sent as often.
+const BYTES_STEP: u64 = 64 * 1024;
+/// Longest text of another party in a status, in characters.
+const TEXT_LEN_MAX: usize = 512;
 /// Refusals shown in the status.
 const LAST_REFUSALS_MAX: usize = 10;
 
 impl Remote {
+    pub(super) fn on_connected(&mut self, now_ms: u64) {
+        self.status.connected = true;
+        self.status.connected_since_ms = now_ms;
+        self.status.retries = 0;
+        self.status.next_retry_ms = 0;
+        self.lost_ms = 0;
+        if std::mem::replace(&mut self.was_connected, true) {
+            self.new_reconnects += 1;
+        }
+        self.connection_error.clear();
+    }
+
+    pub(super) fn on_disconnected(&mut self, error: String, retry_in: Duration, now_ms: u64) {
+        if std::mem::replace(&mut self.status.connected, false) {
+            self.lost_ms = now_ms;
+        }
+        self.status.connected_since_ms = 0;
+        self.status.retries += 1;
+        let retry_in_ms = u64::try_from(retry_in.as_millis()).unwrap_or(u64::MAX);
+        self.status.next_retry_ms = now_ms.saturating_add(retry_in_ms);
+        self.on_failure(error, now_ms);
+    }
+
+    pub(super) fn on_moved(&mut self, now_ms: u64) {
+        if std::mem::replace(&mut self.status.connected, false) {
+            self.lost_ms = now_ms;
+        }
+        self.status.connected_since_ms = 0;
+        self.status.next_retry_ms = 0;
+        self.connection_error = "connecting".to_owned();
+    }
+
     pub(super) fn on_failure(&mut self, error: String, now_ms: u64) {
+        let error: String = error.chars().take(TEXT_LEN_MAX).collect();
         if self.connection_error != error {
             tracing::warn!(cluster = %self.cluster, error, "the remote cluster does not answer; keeping its state");
         }
+        self.status.last_error.clone_from(&error);
         self.connection_error = error;
         self.status.num_failures += 1;
         self.status.last_failure_ms = now_ms;
@@ -40,7 +83,7 @@ impl Remote {
         let name: String = String::from_utf8_lossy(&key).chars().take(256).collect();
         if self.logged.len() < LOGGED_MAX && self.logged.insert(Bytes::copy_from_slice(&key)) {
             let refusal: &dyn std::error::Error = refusal;
-            tracing::warn!(cluster = %self.cluster, key = name, reason, error = refusal, "refused an object; its previous value stays");
+            tracing::warn!(target: AUDIT, cluster = %self.cluster, key = name, reason, error = refusal, "refused an object of a remote cluster");
         }
         let last = &mut self.status.last_refusals;
         last.push(format!("{name}: {refusal}"));
@@ -59,6 +102,7 @@ impl Remote {
 
     pub(super) fn refresh(&mut self, store: &Store, now_ms: u64) {
         let stale = self.is_stale(now_ms);
+        let bytes = self.bytes(store);
         let status = &mut self.status;
         status.stale = stale;
         status.objects.clear();
@@ -78,6 +122,7 @@ impl Remote {
             .map_or(0, |admitted| admitted.id.get().into());
         status.slices = self.admitted.as_ref().is_some_and(|admitted| admitted.slices);
         let synced = status.synced.values().all(|synced| *synced);
+        let begun = status.synced.len() == self.kinds.len();
         status.ready = self.admitted.is_some() && self.problem.is_empty() && synced;
         let waiting = || {
             let missing = status
@@ -92,6 +137,27 @@ impl Remote {
                 format!("waiting for {}", missing.join(", "))
             }
         };
+        status.phase = if self.leaving {
+            Phase::Draining
+        } else if !self.problem.is_empty() {
+            Phase::Refused
+        } else if stale || (!status.connected && self.was_connected) {
+            Phase::Stale
+        } else if !status.connected {
+            Phase::Connecting
+        } else if status.ready && self.kinds.keys().all(|feed| self.live.contains(feed)) {
+            Phase::Synced
+        } else {
+            Phase::Listing
+        };
+        status.stale_since_ms = match status.phase {
+            Phase::Stale if stale => self.heartbeat_due_ms.unwrap_or(now_ms),
+            Phase::Stale => self.lost_ms,
+            _ => 0,
+        };
+        status.progress = self.progress.at(now_ms, self.admitted.is_some() && begun);
+        status.bytes = bytes.div_ceil(BYTES_STEP) * BYTES_STEP;
+        status.restricted = self.grants.fingerprint() != 0;
         let stale = if stale { STALE } else { "" };
         let texts = [
             self.connection_error.clone(),

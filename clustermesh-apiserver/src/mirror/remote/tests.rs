@@ -18,7 +18,7 @@ impl World {
         Self {
             store: Store::new(ClusterName::new("c1").unwrap(), 5, limits, limits),
             ids: ClusterIds::new(ClusterId::new(1, max).unwrap()),
-            remote: Remote::new(ClusterName::new("c2").unwrap(), max),
+            remote: Remote::new(ClusterName::new("c2").unwrap(), max, Grants::default()),
         }
     }
 
