@@ -5,7 +5,9 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{Ipv4Net, Ipv6Net};
-use isthmus_bpf_abi::{Endpoint, EndpointKey, IDENTITY_REMOTE_NODE, NodeConfig, feature};
+use isthmus_bpf_abi::{
+    Endpoint, EndpointKey, IDENTITY_REMOTE_NODE, MAGLEV_TABLE_SIZE_DEFAULT, NodeConfig, feature,
+};
 use isthmus_mesh::to_address;
 use isthmus_model::{ClusterId, Node, NumericIdentity};
 
@@ -94,9 +96,12 @@ impl LocalNode {
             router_ipv6: address(self.router_ip(false)),
             vxlan_ifindex,
             node_identity: IDENTITY_REMOTE_NODE,
-            features: feature::SOURCE_CHECK,
+            features: feature::SOURCE_CHECK | feature::PACKET_LB,
             cluster_id: cluster_id.get(),
             pad: 0,
+            maglev_table_size: MAGLEV_TABLE_SIZE_DEFAULT,
+            snat_port_min: 0,
+            snat_port_max: 0,
         }
     }
 

@@ -9,6 +9,10 @@ pub const CONFIG_INDEX: u32 = 0;
 pub mod feature {
     /// Packets of pods must carry one of the endpoint's own addresses as their source.
     pub const SOURCE_CHECK: u32 = 1;
+    /// Packets of pods to frontends are translated: those that no socket hook has.
+    pub const PACKET_LB: u32 = 2;
+    /// Packets to a frontend without backends get no answer (a reset or ICMP unreachable) but vanish.
+    pub const NO_BACKEND_DROP: u32 = 4;
 }
 
 /// Value of `isthmus_config` (array with one entry, all zero until the agent wrote it).
@@ -37,5 +41,11 @@ pub struct NodeConfig {
     pub cluster_id: u16,
     /// Zero.
     pub pad: u16,
+    /// Entries of each Maglev table: 0 (then none is used) or a prime.
+    pub maglev_table_size: u32,
+    /// Least port of the node's addresses to which the programs translate sources, host order; 0 if they may not.
+    pub snat_port_min: u16,
+    /// Largest such port.
+    pub snat_port_max: u16,
 }
-const _: () = assert!(size_of::<NodeConfig>() == 80);
+const _: () = assert!(size_of::<NodeConfig>() == 88);

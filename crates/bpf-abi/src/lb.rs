@@ -65,6 +65,16 @@ pub mod service_flag {
     pub const GLOBAL: u16 = 1;
     /// The frontend is a cluster IP: it does not route outside the node.
     pub const CLUSTER_IP: u16 = 2;
+    /// The service has a Maglev table in `isthmus_maglev`; without, slots are chosen by number.
+    pub const MAGLEV: u16 = 4;
+    /// A client stays on its backend for as long as slot 0 says ([`super::ServiceValue::affinity_seconds`]).
+    pub const AFFINITY: u16 = 8;
+    /// Only sources in `isthmus_source_ranges` may ask, where they come from outside.
+    pub const SOURCE_RANGES: u16 = 16;
+    /// The frontend is reached from outside the cluster: node port, load balancer, external IP or host port.
+    pub const EXTERNAL: u16 = 32;
+    /// Traffic from outside goes to backends of this node alone and keeps its source (external traffic policy Local).
+    pub const EXTERNAL_LOCAL: u16 = 64;
 }
 
 /// Value of `isthmus_services`.
@@ -75,7 +85,7 @@ pub mod service_flag {
     derive(zerocopy::FromBytes, zerocopy::Immutable, zerocopy::IntoBytes)
 )]
 pub struct ServiceValue {
-    /// In slots above 0: key of `isthmus_backends`. In slot 0: zero.
+    /// In slots above 0: key of `isthmus_backends`. In slot 0: [`Self::affinity_seconds`].
     pub backend_id: u32,
     /// Number of the service on this node; the same in all its slots.
     pub service_id: u32,
@@ -94,6 +104,21 @@ impl ServiceValue {
             service_id,
             count,
             flags,
+        }
+    }
+
+    /// In slot 0, with [`service_flag::AFFINITY`]: seconds for which a client stays on its backend after its last new flow.
+    #[inline(always)]
+    pub const fn affinity_seconds(&self) -> u32 {
+        self.backend_id
+    }
+
+    /// Slot 0 with session affinity.
+    pub const fn with_affinity(self, seconds: u32) -> Self {
+        Self {
+            backend_id: seconds,
+            flags: self.flags | service_flag::AFFINITY,
+            ..self
         }
     }
 
@@ -237,7 +262,7 @@ pub fn flow_hash(cookie: u64, address: &Address, port: [u8; 2]) -> u32 {
 
 /// The finalizer of splitmix64: every input bit reaches every output bit.
 #[inline(always)]
-const fn mix(mut value: u64) -> u64 {
+pub(crate) const fn mix(mut value: u64) -> u64 {
     value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     value ^ (value >> 31)

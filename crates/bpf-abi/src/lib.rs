@@ -1,7 +1,7 @@
 //! Keys, values and constants that the BPF programs and the user side share.
 //!
 //! In: nothing. Out: one definition of every map's layout, name and size, the drop reasons, and the few pure
-//! calculations (slot choice, hash, metric index) that BPF makes and that the host tests.
+//! calculations (slot choice, hashes, a flow's life, metric index) that BPF makes and that the host tests.
 //!
 //! Invariants:
 //! - No layout has hidden padding: padding is a named field that constructors zero, since a hash map compares every
@@ -13,7 +13,9 @@
 #![no_std]
 
 mod address;
+mod choice;
 mod config;
+mod ct;
 mod endpoint;
 mod ipcache;
 mod lb;
@@ -21,7 +23,16 @@ pub mod maps;
 mod metrics;
 
 pub use address::{Address, ipv4_mapped, ipv4_of, is_ipv4_mapped};
+pub use choice::{
+    AffinityKey, AffinityValue, MAGLEV_CHUNK, MAGLEV_TABLE_SIZE_DEFAULT, MaglevChunk, MaglevKey,
+    SOURCE_RANGE_STATIC_BITS, SourceRangeKey, SourceRangeValue, affinity_kind, maglev_position,
+};
 pub use config::{CONFIG_INDEX, NodeConfig, feature};
+pub use ct::{
+    CT_SECONDS_OTHER, CT_SECONDS_TCP, CT_SECONDS_TCP_CLOSING, CT_SECONDS_TCP_OPENING, CtKey, CtValue,
+    FragmentKey, FragmentValue, LOOPBACK_IPV4, LOOPBACK_IPV6, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, ct_flag,
+    ct_is_expired, ct_pair, ct_seconds, ct_state, ct_step, loopback_of, tuple_hash,
+};
 pub use endpoint::{Endpoint, EndpointKey, endpoint_flag};
 pub use ipcache::{
     FAMILY_IPV4, FAMILY_IPV6, IPCACHE_STATIC_BITS, IPCACHE_V4_BITS_MAX, IPCACHE_V6_BITS_MAX, IpcacheKey,
@@ -34,7 +45,7 @@ pub use lb::{
 pub use metrics::{DIRECTIONS, Direction, DropReason, MetricsValue, REASONS, metric_index, metric_of};
 
 /// Version of every layout, map name and meaning in this crate. Bumped when one of them changes.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// IANA protocol number of TCP, as in [`ServiceKey::proto`].
 pub const PROTO_TCP: u8 = 6;
@@ -42,6 +53,10 @@ pub const PROTO_TCP: u8 = 6;
 pub const PROTO_UDP: u8 = 17;
 /// IANA protocol number of SCTP.
 pub const PROTO_SCTP: u8 = 132;
+/// IANA protocol number of ICMP.
+pub const PROTO_ICMP: u8 = 1;
+/// IANA protocol number of ICMPv6.
+pub const PROTO_ICMPV6: u8 = 58;
 
 /// Security identity of traffic that a node itself sends to another node (`reserved:remote-node`).
 pub const IDENTITY_REMOTE_NODE: u32 = 6;

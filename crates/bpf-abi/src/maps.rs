@@ -62,6 +62,16 @@ pub const BACKENDS_MAX: u32 = 1_048_576;
 pub const REVERSE_SK_MAX: u32 = 262_144;
 /// Prefixes of all clusters.
 pub const IPCACHE_MAX: u32 = 2_097_152;
+/// Entries of translated flows, two each; older ones are evicted. Preallocated: about 36 MB.
+pub const CT_MAX: u32 = 262_144;
+/// Fragmented datagrams under way; older ones are evicted. Preallocated: about 1 MB.
+pub const FRAGMENTS_MAX: u32 = 8_192;
+/// Chunks of Maglev tables: 2,048 tables of the default size.
+pub const MAGLEV_MAX: u32 = 262_144;
+/// Clients times services with affinity; older ones are evicted. Preallocated: about 6 MB.
+pub const AFFINITY_MAX: u32 = 65_536;
+/// Source ranges of all services.
+pub const SOURCE_RANGES_MAX: u32 = 65_536;
 /// Addresses of local endpoints and of the node.
 pub const ENDPOINTS_MAX: u32 = 65_536;
 
@@ -143,7 +153,74 @@ map_spec!(
     "the map with the node's configuration."
 );
 
+map_spec!(
+    CT,
+    CT_NAME,
+    "isthmus_ct",
+    LruHash,
+    crate::CtKey,
+    crate::CtValue,
+    CT_MAX,
+    0,
+    "the map of translated flows."
+);
+map_spec!(
+    FRAGMENTS,
+    FRAGMENTS_NAME,
+    "isthmus_fragments",
+    LruHash,
+    crate::FragmentKey,
+    crate::FragmentValue,
+    FRAGMENTS_MAX,
+    0,
+    "the map of fragmented datagrams' ports."
+);
+map_spec!(
+    MAGLEV,
+    MAGLEV_NAME,
+    "isthmus_maglev",
+    Hash,
+    crate::MaglevKey,
+    crate::MaglevChunk,
+    MAGLEV_MAX,
+    NO_PREALLOC,
+    "the map of Maglev tables, in chunks."
+);
+map_spec!(
+    AFFINITY,
+    AFFINITY_NAME,
+    "isthmus_affinity",
+    LruHash,
+    crate::AffinityKey,
+    crate::AffinityValue,
+    AFFINITY_MAX,
+    0,
+    "the map from clients to the backends they stay on."
+);
+map_spec!(
+    SOURCE_RANGES,
+    SOURCE_RANGES_NAME,
+    "isthmus_source_ranges",
+    LpmTrie,
+    crate::SourceRangeKey,
+    crate::SourceRangeValue,
+    SOURCE_RANGES_MAX,
+    NO_PREALLOC,
+    "the map of prefixes that may ask services."
+);
+
 /// Every map.
-pub const ALL: [MapSpec; 7] = [
-    SERVICES, BACKENDS, REVERSE_SK, IPCACHE, ENDPOINTS, METRICS, CONFIG,
+pub const ALL: [MapSpec; 12] = [
+    SERVICES,
+    BACKENDS,
+    REVERSE_SK,
+    IPCACHE,
+    ENDPOINTS,
+    METRICS,
+    CONFIG,
+    CT,
+    FRAGMENTS,
+    MAGLEV,
+    AFFINITY,
+    SOURCE_RANGES,
 ];

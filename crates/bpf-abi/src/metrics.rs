@@ -28,10 +28,16 @@ pub enum Direction {
     ToOverlay = 2,
     /// A socket call, before any packet.
     Socket = 3,
+    /// From the node's stack to a pod, at the host's side of its veth.
+    ToContainer = 4,
+    /// From outside into the node, at one of its devices.
+    FromHostDevice = 5,
+    /// From the node to the outside, at one of its devices.
+    ToHostDevice = 6,
 }
 
 /// How many values [`Direction`] has.
-pub const DIRECTIONS: u32 = 4;
+pub const DIRECTIONS: u32 = 7;
 /// Room for reasons in the map; more than there are, so that a new one needs no new map.
 pub const REASONS: u32 = 64;
 
@@ -42,6 +48,9 @@ impl Direction {
         Self::FromOverlay,
         Self::ToOverlay,
         Self::Socket,
+        Self::ToContainer,
+        Self::FromHostDevice,
+        Self::ToHostDevice,
     ];
 
     /// Name in metrics and on the command line.
@@ -51,6 +60,9 @@ impl Direction {
             Self::FromOverlay => "from-overlay",
             Self::ToOverlay => "to-overlay",
             Self::Socket => "socket",
+            Self::ToContainer => "to-container",
+            Self::FromHostDevice => "from-host-device",
+            Self::ToHostDevice => "to-host-device",
         }
     }
 }
@@ -111,8 +123,20 @@ reasons! {
     FamilyMismatch = 16, "family-mismatch";
     /// The table that leads back from the backend to the frontend refused the entry.
     ReverseFailed = 17, "reverse-failed";
-    /// Not a drop: a socket call was sent to a backend.
+    /// Not a drop: a socket call or packet was sent to a backend, or a backend's packet came back.
     Translated = 18, "translated";
+    /// The conntrack table refused the entry.
+    CtFull = 19, "conntrack-full";
+    /// The client has the same ports in use to every backend through another frontend.
+    TupleInUse = 20, "tuple-in-use";
+    /// The protocol's checksum allows no other port, and the backend has one (SCTP).
+    UnsupportedTransport = 21, "unsupported-transport";
+    /// A packet to the loopback address that belongs to no flow.
+    LoopbackUnknown = 22, "loopback-unknown";
+    /// The source is in none of the ranges that the service allows.
+    SourceRange = 23, "source-range";
+    /// No port of the node was free for the flow.
+    NoSnatPort = 24, "no-snat-port";
 }
 
 impl DropReason {

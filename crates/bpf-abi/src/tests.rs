@@ -52,7 +52,34 @@ fn layout_fingerprint() -> u64 {
         offset_of!(NodeConfig, node_identity),
         offset_of!(NodeConfig, features),
         offset_of!(NodeConfig, cluster_id),
+        offset_of!(NodeConfig, maglev_table_size),
+        offset_of!(NodeConfig, snat_port_min),
+        offset_of!(NodeConfig, snat_port_max),
         size_of::<NodeConfig>(),
+        offset_of!(CtKey, destination),
+        offset_of!(CtKey, source_port),
+        offset_of!(CtKey, destination_port),
+        offset_of!(CtKey, proto),
+        size_of::<CtKey>(),
+        offset_of!(CtValue, nat_port),
+        offset_of!(CtValue, state),
+        offset_of!(CtValue, flags),
+        offset_of!(CtValue, last_seen),
+        offset_of!(CtValue, backend_id),
+        offset_of!(CtValue, service_id),
+        size_of::<CtValue>(),
+        offset_of!(FragmentKey, destination),
+        offset_of!(FragmentKey, id),
+        offset_of!(FragmentKey, proto),
+        size_of::<FragmentKey>(),
+        offset_of!(FragmentValue, destination_port),
+        offset_of!(MaglevKey, chunk),
+        MAGLEV_CHUNK as usize,
+        offset_of!(AffinityKey, service_id),
+        offset_of!(AffinityKey, kind),
+        offset_of!(AffinityValue, backend_id),
+        offset_of!(SourceRangeKey, service_id),
+        offset_of!(SourceRangeKey, address),
         size_of::<MetricsValue>(),
     ];
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
@@ -79,7 +106,7 @@ fn layout_fingerprint() -> u64 {
 fn layout_change_needs_a_new_version() {
     assert_eq!(
         (ABI_VERSION, layout_fingerprint()),
-        (1, 15_255_758_070_104_034_817),
+        (2, 10_489_578_268_012_199_983),
         "a layout, map name or size changed: bump ABI_VERSION, then write both new numbers here"
     );
 }
@@ -191,4 +218,21 @@ fn reasons_are_numbered_without_gaps_and_fit() {
         }
     }
     assert_eq!(metric_of(DropReason::ALL.len() as u32 * DIRECTIONS), None);
+}
+
+#[test]
+fn maglev_position_covers_the_table_and_no_more() {
+    let size = MAGLEV_TABLE_SIZE_DEFAULT;
+    assert_eq!(maglev_position(0, size), (0, 0));
+    assert_eq!(maglev_position(size - 1, size), (127, 124));
+    assert_eq!(maglev_position(size, size), (0, 0));
+    let (chunk, element) = maglev_position(u32::MAX, size);
+    assert!(chunk < size.div_ceil(MAGLEV_CHUNK) && element < MAGLEV_CHUNK);
+}
+
+#[test]
+fn affinity_lies_in_slot_0() {
+    let value = ServiceValue::frontend(3, 2, service_flag::CLUSTER_IP).with_affinity(10_800);
+    assert_eq!((value.affinity_seconds(), value.count), (10_800, 2));
+    assert_eq!(value.flags, service_flag::CLUSTER_IP | service_flag::AFFINITY);
 }
