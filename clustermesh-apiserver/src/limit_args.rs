@@ -117,7 +117,7 @@ impl LimitArgs {
         ] {
             if number == 0 {
                 let takes = "it takes 1 or more: with 0 nobody would be served".to_owned();
-                return Err(FlagError::new(flag, &number, takes));
+                return Err(FlagError::new(flag, number, takes));
             }
         }
         let mebibytes = |number: usize| number.saturating_mul(1024 * 1024);

@@ -17,9 +17,10 @@ use tonic::{codegen::Service, service::Routes};
 use super::{Peer, account::Metered, answers::Large, limits::ServerLimits};
 
 /// Bytes of a stream's requests that may wait to be read.
-const STREAM_WINDOW: u32 = 64 * 1024;
-/// Those of all streams of a connection.
-const CONNECTION_WINDOW: u32 = 256 * 1024;
+const STREAM_WINDOW: u32 = 48 * 1024;
+/// Those of all streams of a connection. HTTP/2 ends a connection whose small frames take half as much beside their bytes: this
+/// is enough for the smallest requests that fill a stream's window, sent by a client that does not wait for answers.
+const CONNECTION_WINDOW: u32 = 512 * 1024;
 /// A client that is silent for so long is asked whether it is there,
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 /// and is given up if it does not answer within so long.

@@ -153,7 +153,7 @@ async fn an_answer_that_is_too_large_is_refused_and_its_pages_are_not() {
 async fn connections_that_never_shake_hands_go_and_others_are_served() {
     let (etcd, pki) = (Etcd::start().await, Pki::new());
     let mut config = config("c1", 1, etcd.config(), &pki);
-    config.limits.connections = 20;
+    config.limits.handshakes = 20;
     config.limits.handshake_timeout = Duration::from_millis(500);
     let server = Apiserver::start(config).await;
     server.ready().await;

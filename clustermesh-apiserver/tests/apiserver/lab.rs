@@ -205,18 +205,30 @@ impl Pki {
             self.path(&format!("{name}.key")),
         );
         if !cert.exists() {
-            let pair = KeyPair::generate().unwrap();
-            let names = vec![
-                "localhost".to_owned(),
-                "127.0.0.1".to_owned(),
-                "a.mesh.cilium.io".to_owned(),
-            ];
-            let mut params = CertificateParams::new(names).unwrap();
-            params.distinguished_name = rcgen::DistinguishedName::new();
-            params.distinguished_name.push(DnType::CommonName, name);
-            std::fs::write(&cert, params.signed_by(&pair, &self.issuer).unwrap().pem()).unwrap();
-            std::fs::write(&key, pair.serialize_pem()).unwrap();
+            self.issue_with(name, |_| ());
         }
+        (cert, key)
+    }
+
+    /// The same, changed by `change`, also where there are such files.
+    pub fn issue_with(
+        &self,
+        name: &str,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> (PathBuf, PathBuf) {
+        let [cert, key] = ["crt", "key"].map(|end| self.path(&format!("{name}.{end}")));
+        let pair = KeyPair::generate().unwrap();
+        let names = vec![
+            "localhost".to_owned(),
+            "127.0.0.1".to_owned(),
+            "a.mesh.cilium.io".to_owned(),
+        ];
+        let mut params = CertificateParams::new(names).unwrap();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, name);
+        change(&mut params);
+        std::fs::write(&cert, params.signed_by(&pair, &self.issuer).unwrap().pem()).unwrap();
+        std::fs::write(&key, pair.serialize_pem()).unwrap();
         (cert, key)
     }
 
@@ -329,6 +341,19 @@ impl Apiserver {
             self.health.is_ready().then_some(())
         })
         .await;
+    }
+
+    /// Value of a line of the metrics, by its name and labels without the prefix of all; 0 if it is not there.
+    pub fn metric(&self, name: &str) -> i64 {
+        let text = self.metrics.encode();
+        let name = format!("isthmus_clustermesh_{name} ");
+        let line = text.lines().find_map(|line| line.strip_prefix(&name));
+        line.map_or(0, |value| value.parse().unwrap())
+    }
+
+    /// Tells it to stop, and does not wait.
+    pub fn begin_to_stop(&self) {
+        self.shutdown.cancel();
     }
 
     pub async fn stop(self) -> Config {

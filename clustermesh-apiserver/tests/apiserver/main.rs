@@ -7,14 +7,19 @@
     reason = "a test that cannot go on has failed"
 )]
 
+mod certificates;
 mod clusters;
 mod embedded;
+mod flood;
 mod hostile;
 mod lab;
 mod mirror;
+mod raw;
 mod reads;
 mod restart;
 mod rights;
 mod script;
+mod shutdown;
+mod slow;
 mod survive;
 mod writer;
