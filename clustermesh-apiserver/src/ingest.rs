@@ -18,10 +18,18 @@ pub enum Ingested {
 
 impl Ingested {
     /// The key.
-    pub fn key(&self) -> &Bytes {
+    pub fn key(&self) -> &[u8] {
+        match self {
+            Self::Change(change) => change.key(),
+            Self::Kept(key) => key,
+        }
+    }
+
+    fn shared_key(&self) -> Bytes {
         match self {
             Self::Change(SourceChange::Put { key, .. } | SourceChange::Delete { key, .. })
-            | Self::Kept(key) => key,
+            | Self::Kept(key) => key.clone(),
+            Self::Change(SourceChange::Shared(encoded)) => encoded.shared_key(),
         }
     }
 }
@@ -70,7 +78,7 @@ impl Ingest {
             *at = revision.max(*at);
         }
         for ingested in changes {
-            let key = ingested.key().clone();
+            let key = ingested.shared_key();
             if matches!(ingested, Ingested::Change(SourceChange::Delete { .. })) {
                 pending.present.remove(&key);
             } else {

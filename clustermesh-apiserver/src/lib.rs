@@ -28,10 +28,7 @@ use isthmus_runtime::{CancellationToken, Health, Metrics};
 use isthmus_tls::ServerTls;
 use tokio::{net::TcpListener, sync::oneshot};
 
-use embedded::{
-    HistoryKept,
-    file::{File, Opened},
-};
+use embedded::file::{File, Opened};
 use metrics::{EmbeddedMetrics, MirrorMetrics, ServerMetrics, StoreMetrics};
 use mirror::{MirrorConfig, readiness::ReadyTimeouts};
 use server::ServerLimits;
@@ -50,8 +47,8 @@ pub enum StoreConfig {
     Embedded {
         /// Directory of the file; made if it is not there.
         data_dir: PathBuf,
-        /// How long the past is kept.
-        kept: HistoryKept,
+        /// How much it may hold.
+        limits: embedded::Limits,
     },
 }
 
@@ -111,7 +108,7 @@ pub struct Bound {
 /// Where the own cluster's state comes from.
 enum Source {
     Etcd(EtcdConfig),
-    Embedded(Box<Opened>, HistoryKept),
+    Embedded(Box<Opened>, embedded::Limits),
 }
 
 /// Reads the certificates, opens the embedded store if it is one, and takes the address.
@@ -127,12 +124,12 @@ pub async fn bind(config: Config) -> anyhow::Result<Bound> {
     )?;
     let source = match &config.store {
         StoreConfig::Etcd(etcd) => Source::Etcd(etcd.clone()),
-        StoreConfig::Embedded { data_dir, kept } => {
+        StoreConfig::Embedded { data_dir, limits } => {
             // Random and not 0; used if the store is new.
             let history = rand::random_range(1..=u64::MAX);
             let opened = File::open(data_dir, &config.cluster, history)
                 .context("the embedded store is not usable; see --data-dir")?;
-            Source::Embedded(Box::new(opened), *kept)
+            Source::Embedded(Box::new(opened), *limits)
         }
     };
     let listener = TcpListener::bind(config.listen).await.with_context(|| {
@@ -207,9 +204,9 @@ impl Bound {
                 });
                 (task, None)
             }
-            Source::Embedded(opened, kept) => {
+            Source::Embedded(opened, limits) => {
                 let metrics = EmbeddedMetrics::new(&metrics);
-                let (handle, task) = embedded::start(*opened, shared.clone(), &health, metrics, kept);
+                let (handle, task) = embedded::start(*opened, shared.clone(), &health, metrics, limits);
                 let (stop, feeding) = (shutdown.clone(), feeding.clone());
                 let task = tokio::spawn(async move {
                     let result = task.run(feeding).await;

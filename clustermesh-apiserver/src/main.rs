@@ -7,7 +7,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use isthmus_clustermesh_apiserver::{
-    Config, StoreConfig, bind, embedded::HistoryKept, mirror::readiness::ReadyTimeouts, store::HistoryLimits,
+    Config, StoreConfig, bind, embedded::Limits, mirror::readiness::ReadyTimeouts, store::HistoryLimits,
 };
 use isthmus_kvstore::{EtcdConfig, Options};
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
@@ -126,7 +126,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         }
         StoreKind::Embedded => StoreConfig::Embedded {
             data_dir: args.data_dir.unwrap_or_default(),
-            kept: HistoryKept::default(),
+            limits: Limits::default(),
         },
     };
     let config = Config {

@@ -258,6 +258,16 @@ pub struct EmbeddedMetrics {
     pub revision: Gauge,
     /// Revision before which the past is forgotten.
     pub compacted: Gauge,
+    /// Bytes of the file,
+    pub file_bytes: Gauge,
+    /// and of what is in it.
+    pub used_bytes: Gauge,
+    /// 1 if writes are refused for lack of room.
+    pub space_exceeded: Gauge,
+    /// Times that the file was written anew.
+    pub rewrites: Counter,
+    /// Times that the disk did not take a write.
+    pub disk_failures: Counter,
 }
 
 impl EmbeddedMetrics {
@@ -283,6 +293,31 @@ impl EmbeddedMetrics {
                 "embedded_compacted_revision",
                 "Revision before which the embedded store knows nothing",
                 Gauge::default(),
+            ),
+            file_bytes: metrics.register(
+                "embedded_file_bytes",
+                "Bytes of the embedded store's file",
+                Gauge::default(),
+            ),
+            used_bytes: metrics.register(
+                "embedded_used_bytes",
+                "Bytes that the embedded store holds, which its quota bounds",
+                Gauge::default(),
+            ),
+            space_exceeded: metrics.register(
+                "embedded_space_exceeded",
+                "1 if the embedded store refuses writes for lack of room",
+                Gauge::default(),
+            ),
+            rewrites: metrics.register(
+                "embedded_file_rewrites",
+                "Times that the embedded store's file was written anew to make it smaller",
+                Counter::default(),
+            ),
+            disk_failures: metrics.register(
+                "embedded_disk_failures",
+                "Times that the disk did not take a write of the embedded store",
+                Counter::default(),
             ),
         }
     }

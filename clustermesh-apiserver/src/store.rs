@@ -12,6 +12,7 @@
 //! - An event is encoded once; watches share its bytes and are cursors into a bounded history, never queues.
 
 mod content;
+mod encoded;
 mod entry;
 mod history;
 mod range;
@@ -25,6 +26,7 @@ use bytes::Bytes;
 use isthmus_model::ClusterName;
 use isthmus_proto::etcdserverpb::ResponseHeader;
 
+pub use encoded::{Encoded, Revisions};
 pub use history::HistoryLimits;
 pub use range::RangeError;
 pub use route::{Route, SubId};
@@ -290,17 +292,14 @@ impl Store {
             return;
         }
         let revision = self.merged_revision + 1;
-        let entry = Arc::new(Entry::new(
-            &key,
-            &value,
-            entry::Revisions {
-                create: before.as_ref().map_or(revision, |entry| entry.revisions().create),
-                modified: revision,
-                version: before.as_ref().map_or(1, |entry| entry.revisions().version + 1),
-            },
-            before.as_ref().map_or(revision, |entry| entry.merged_create),
-            revision,
-        ));
+        let revisions = Revisions {
+            create: before.as_ref().map_or(revision, |entry| entry.revisions().create),
+            modified: revision,
+            version: before.as_ref().map_or(1, |entry| entry.revisions().version + 1),
+        };
+        let merged_create = before.as_ref().map_or(revision, |entry| entry.merged_create);
+        let encoded = Encoded::new(&key, &value, revisions, 0);
+        let entry = Arc::new(Entry::new(encoded, merged_create, revision));
         self.local.insert(entry.clone());
         self.record_local(vec![(Some(entry), before)]);
     }

@@ -2,22 +2,31 @@
 //!
 //! In: [`DiskWrite`]s, a group at a time. Out: what is stored, when it is opened.
 //!
-//! Invariants: a group is on disk, flushed, when [`File::commit`] returns, or not at all; a file of another cluster, format
-//! or kind is refused and not touched; only one process has it open.
+//! Invariants: a group is on disk, flushed, when [`File::commit`] returns, or not at all; every page is checked when a file is
+//! opened, and one that is damaged, another cluster's or of another format is refused and not touched; only one process has a
+//! directory; under the file's name there never is an unfinished one.
 
-use std::path::{Path, PathBuf};
+mod open;
+mod rewrite;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use isthmus_model::ClusterName;
-use isthmus_proto::mvccpb::Event;
-use prost::Message;
-use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition, TableError};
+use redb::{Database, DatabaseError, Durability, TableDefinition};
 
-use super::state::{DiskWrite, InvalidLog, Loaded, Place, State, Stored};
+use super::state::{DiskWrite, Loaded, Place};
+pub use open::OpenError;
+pub use rewrite::{CopyError, Copying};
 
 /// Name of the file in the data directory.
 const FILE_NAME: &str = "store.redb";
-/// Of the tables and what is in them. A store of a newer format is refused.
-const FORMAT: i64 = 1;
+/// Name of one that is being made and will take its place.
+const NEW_NAME: &str = "store.redb.new";
+/// Name of the file that says that the directory is in use.
+const LOCK_NAME: &str = "lock";
 /// Memory for pages of the file. It is read once and then only written.
 const CACHE_BYTES: usize = 16 * 1024 * 1024;
 
@@ -29,73 +38,35 @@ const LEASES: TableDefinition<'_, i64, i64> = TableDefinition::new("leases");
 const NUMBERS: TableDefinition<'_, &str, i64> = TableDefinition::new("numbers");
 /// Texts: `cluster`.
 const TEXTS: TableDefinition<'_, &str, &str> = TableDefinition::new("texts");
+/// What is written to see whether the disk takes writes again, and removed at once.
+const TRIAL: TableDefinition<'_, u8, &[u8]> = TableDefinition::new("trial");
 
-/// Why a store cannot be opened. Nothing was changed.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The directory.
-    #[error("cannot use the directory {}", path.display())]
-    Directory {
-        /// Which one.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// Somebody has it open.
-    #[error("{} is in use by another process; a data directory belongs to one server", path.display())]
-    InUse {
-        /// The file.
-        path: PathBuf,
-    },
-    /// Another cluster's.
-    #[error(
-        "{} is the store of cluster `{found}`, not of `{expected}`; give each cluster its own --data-dir",
-        path.display()
-    )]
-    OtherCluster {
-        /// The file.
-        path: PathBuf,
-        /// Whose it is.
-        found: String,
-        /// Whose it should be.
-        expected: ClusterName,
-    },
-    /// Of a version that is not known.
-    #[error("{} has format {found}, and this program knows format {FORMAT}; run the newer program", path.display())]
-    OtherFormat {
-        /// The file.
-        path: PathBuf,
-        /// Its format.
-        found: i64,
-    },
-    /// No store, or a damaged one.
-    #[error(
-        "{} is damaged or not a store; move it away to begin with an empty one, which the operator fills again",
-        path.display()
-    )]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-}
+/// Opens a database at a path, or makes one there. Tests put a bad disk behind it.
+pub type OpenDatabase = Arc<dyn Fn(&Path) -> Result<Database, DatabaseError> + Send + Sync>;
 
 /// A group that could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write the store {}; is the disk full?", path.display())]
+#[error("cannot write the store {}", path.display())]
 pub struct CommitError {
     path: PathBuf,
     #[source]
     source: Box<redb::Error>,
 }
 
+/// A data directory that is this process' own.
+pub struct Directory {
+    path: PathBuf,
+    cluster: ClusterName,
+    open: OpenDatabase,
+    /// Locked as long as it is open.
+    _lock: std::fs::File,
+}
+
 /// An open store.
 pub struct File {
     database: Database,
     path: PathBuf,
+    directory: Arc<Directory>,
 }
 
 /// A store that was opened.
@@ -108,185 +79,88 @@ pub struct Opened {
     pub loaded: Loaded,
 }
 
-/// What a file says about itself.
-struct About {
-    format: i64,
-    history: i64,
-    compacted: i64,
-    cluster: String,
-}
-
 impl File {
     /// Opens the store of `cluster` in `directory`. One that is not there begins empty, with `new_history` (not 0).
     pub fn open(directory: &Path, cluster: &ClusterName, new_history: u64) -> Result<Opened, OpenError> {
-        let path = directory.join(FILE_NAME);
-        let in_directory = |source| OpenError::Directory {
-            path: directory.to_owned(),
-            source,
-        };
-        std::fs::create_dir_all(directory).map_err(in_directory)?;
-        let unreadable = |source: Box<dyn std::error::Error + Send + Sync>| OpenError::Unreadable {
-            path: path.clone(),
-            source,
-        };
-        let error = |error: redb::Error| unreadable(Box::new(error));
-        // An empty file would be taken for a new database: it is one that a crash cut off before anything was in it.
-        let database = Database::builder()
-            .set_cache_size(CACHE_BYTES)
-            .create(&path)
-            .map_err(|error| match error {
-                DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.clone() },
-                error => unreadable(Box::new(error)),
-            })?;
-        let file = Self {
-            database,
-            path: path.clone(),
-        };
-        let about = match file.about().map_err(error)? {
-            Some(about) => about,
-            None => {
-                let about = About {
-                    format: FORMAT,
-                    history: new_history.cast_signed(),
-                    compacted: 0,
-                    cluster: cluster.to_string(),
-                };
-                file.begin(&about).map_err(error)?;
-                // The file's name must be on disk too.
-                std::fs::File::open(directory)
-                    .and_then(|directory| directory.sync_all())
-                    .map_err(in_directory)?;
-                about
-            }
-        };
-        if about.format != FORMAT {
-            return Err(OpenError::OtherFormat {
-                path,
-                found: about.format,
-            });
-        }
-        if about.cluster != cluster.as_str() {
-            return Err(OpenError::OtherCluster {
-                path,
-                found: about.cluster,
-                expected: cluster.clone(),
-            });
-        }
-        let stored = file.stored(about.compacted)?;
-        let loaded = State::load(stored).map_err(|error: InvalidLog| unreadable(Box::new(error)))?;
-        Ok(Opened {
-            file,
-            history: about.history.cast_unsigned(),
-            loaded,
-        })
+        Arc::new(Directory::take(directory, cluster, open::database())?).open(new_history)
     }
 
-    /// What the file says about itself; `None` for a new one.
-    fn about(&self) -> Result<Option<About>, redb::Error> {
-        let transaction = self.database.begin_read()?;
-        let numbers = match transaction.open_table(NUMBERS) {
-            Ok(table) => table,
-            Err(TableError::TableDoesNotExist(_)) => {
-                // Tables of others, and none of ours: not our file.
-                return match transaction.list_tables()?.next() {
-                    None => Ok(None),
-                    Some(_) => Err(redb::Error::Corrupted("the tables are not ours".to_owned())),
-                };
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let texts = transaction.open_table(TEXTS)?;
-        let number = |key| {
-            let missing = || redb::Error::Corrupted(format!("`{key}` is missing"));
-            Ok::<_, redb::Error>(numbers.get(key)?.ok_or_else(missing)?.value())
-        };
-        let cluster = texts.get("cluster")?;
-        Ok(Some(About {
-            format: number("format")?,
-            history: number("history")?,
-            compacted: number("compacted")?,
-            cluster: cluster.map_or_else(String::new, |cluster| cluster.value().to_owned()),
-        }))
+    /// Where it is.
+    pub fn directory(&self) -> &Arc<Directory> {
+        &self.directory
     }
 
-    fn begin(&self, about: &About) -> Result<(), redb::Error> {
-        let transaction = self.database.begin_write()?;
-        {
-            let mut numbers = transaction.open_table(NUMBERS)?;
-            numbers.insert("format", about.format)?;
-            numbers.insert("history", about.history)?;
-            numbers.insert("compacted", about.compacted)?;
-            transaction
-                .open_table(TEXTS)?
-                .insert("cluster", about.cluster.as_str())?;
-            transaction.open_table(LOG)?;
-            transaction.open_table(LEASES)?;
-        }
-        transaction.commit()?;
-        Ok(())
+    /// Its length in bytes; 0 if that cannot be told.
+    pub fn len(&self) -> u64 {
+        std::fs::metadata(&self.path).map_or(0, |metadata| metadata.len())
     }
 
-    fn stored(&self, compacted: i64) -> Result<Stored, OpenError> {
-        let unreadable = |source: Box<dyn std::error::Error + Send + Sync>| OpenError::Unreadable {
-            path: self.path.clone(),
-            source,
-        };
-        let read = || {
-            let transaction = self.database.begin_read()?;
-            let mut stored = Stored {
-                compacted,
-                ..Stored::default()
-            };
-            for entry in transaction.open_table(LEASES)?.iter()? {
-                let (id, ttl) = entry?;
-                stored.leases.insert(id.value(), ttl.value());
-            }
-            for entry in transaction.open_table(LOG)?.iter()? {
-                let (place, event) = entry?;
-                let place = place.value();
-                let event = Event::decode(event.value());
-                let event = event.map_err(|_| redb::Error::Corrupted(format!("change {place:?}")))?;
-                stored.log.push((place, event));
-            }
-            Ok::<_, redb::Error>(stored)
-        };
-        read().map_err(|error| unreadable(Box::new(error)))
+    /// Never: it says whose it is.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// Writes a group and waits until it is on disk.
     pub fn commit(&self, writes: &[DiskWrite]) -> Result<(), CommitError> {
-        let write = || {
-            let transaction = self.database.begin_write()?;
-            {
-                let mut log = transaction.open_table(LOG)?;
-                let mut leases = transaction.open_table(LEASES)?;
-                let mut numbers = transaction.open_table(NUMBERS)?;
-                for write in writes {
-                    match write {
-                        DiskWrite::Append(place, event) => {
-                            log.insert(place, event.encode_to_vec().as_slice())?;
-                        }
-                        DiskWrite::Remove(place) => {
-                            log.remove(place)?;
-                        }
-                        DiskWrite::Lease(id, ttl) => {
-                            leases.insert(id, ttl)?;
-                        }
-                        DiskWrite::NoLease(id) => {
-                            leases.remove(id)?;
-                        }
-                        DiskWrite::Compacted(at) => {
-                            numbers.insert("compacted", at)?;
-                        }
+        self.write(Durability::Immediate, |transaction| {
+            let mut log = transaction.open_table(LOG)?;
+            let mut leases = transaction.open_table(LEASES)?;
+            let mut numbers = transaction.open_table(NUMBERS)?;
+            for write in writes {
+                match write {
+                    DiskWrite::Append(place, logged) => {
+                        log.insert(place, &*logged.message(*place))?;
+                    }
+                    DiskWrite::Remove(place) => {
+                        log.remove(place)?;
+                    }
+                    DiskWrite::Lease(id, ttl) => {
+                        leases.insert(id, ttl)?;
+                    }
+                    DiskWrite::NoLease(id) => {
+                        leases.remove(id)?;
+                    }
+                    DiskWrite::Compacted(at) => {
+                        numbers.insert("compacted", at)?;
                     }
                 }
             }
+            Ok(())
+        })
+    }
+
+    /// Whether so many bytes can be written. They are removed at once.
+    pub fn try_write(&self, bytes: usize) -> Result<(), CommitError> {
+        let trial = vec![0; bytes];
+        self.write(Durability::Immediate, |transaction| {
+            transaction.open_table(TRIAL)?.insert(0, trial.as_slice())?;
+            Ok(())
+        })?;
+        self.write(Durability::Immediate, |transaction| {
+            transaction.delete_table(TRIAL)?;
+            Ok(())
+        })
+    }
+
+    fn write(
+        &self,
+        durability: Durability,
+        write: impl FnOnce(&redb::WriteTransaction) -> Result<(), redb::Error>,
+    ) -> Result<(), CommitError> {
+        let write = || {
+            let mut transaction = self.database.begin_write()?;
+            transaction.set_durability(durability)?;
+            write(&transaction)?;
             transaction.commit()?;
-            Ok::<_, redb::Error>(())
+            Ok(())
         };
-        write().map_err(|source| CommitError {
+        write().map_err(|error: redb::Error| self.error(error))
+    }
+
+    fn error(&self, source: redb::Error) -> CommitError {
+        CommitError {
             path: self.path.clone(),
             source: Box::new(source),
-        })
+        }
     }
 }

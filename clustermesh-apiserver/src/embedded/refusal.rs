@@ -41,6 +41,9 @@ pub enum Refusal {
     /// The lease's ID is taken.
     #[error("etcdserver: lease already exists")]
     LeaseExists,
+    /// The store is at its quota.
+    #[error("etcdserver: mvcc: database space exceeded")]
+    NoSpace,
     /// Longer than etcd allows.
     #[error("etcdserver: too large lease TTL")]
     LeaseTtl,
@@ -58,6 +61,7 @@ impl From<Refusal> for Status {
             | Refusal::TooLarge
             | Refusal::InvalidSort => Code::InvalidArgument,
             Refusal::Compacted | Refusal::Future | Refusal::LeaseTtl => Code::OutOfRange,
+            Refusal::NoSpace => Code::ResourceExhausted,
             Refusal::LeaseNotFound => Code::NotFound,
             Refusal::LeaseExists => Code::FailedPrecondition,
         };

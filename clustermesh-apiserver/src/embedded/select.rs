@@ -1,6 +1,6 @@
 //! Reads inside a transaction: comparisons and ranges over the state as the transaction sees it. Pure.
 
-use std::{cmp::Ordering, collections::BTreeMap, ops::Bound};
+use std::cmp::Ordering;
 
 use bytes::Bytes;
 use isthmus_proto::{
@@ -12,30 +12,11 @@ use isthmus_proto::{
     mvccpb::KeyValue,
 };
 
-use super::state::Record;
-
-pub(super) type Content = BTreeMap<Bytes, Record>;
-type Bounds<'b> = (Bound<&'b [u8]>, Bound<&'b [u8]>);
-
-/// The keys that etcd means by these two fields.
-pub(super) fn between<'c>(
-    content: &'c Content,
-    key: &[u8],
-    range_end: &[u8],
-) -> impl Iterator<Item = &'c KeyValue> {
-    let bounds: Option<Bounds<'_>> = match range_end {
-        [] => Some((Bound::Included(key), Bound::Included(key))),
-        [0] => Some((Bound::Included(key), Bound::Unbounded)),
-        end if end > key => Some((Bound::Included(key), Bound::Excluded(end))),
-        _ => None,
-    };
-    let range = bounds.map(|bounds| content.range::<[u8], _>(bounds));
-    range.into_iter().flatten().map(|(_, record)| &record.kv)
-}
+use super::content::Content;
 
 /// Answers `request`, whose revision is the present one, at `revision`.
 pub(super) fn range(content: &Content, revision: i64, request: &RangeRequest) -> RangeResponse {
-    let all = || between(content, &request.key, &request.range_end);
+    let all = || content.between(&request.key, &request.range_end);
     let mut response = RangeResponse {
         header: Some(ResponseHeader {
             revision,
@@ -48,7 +29,8 @@ pub(super) fn range(content: &Content, revision: i64, request: &RangeRequest) ->
         return response;
     }
     let within = |at: i64, min: i64, max: i64| (min == 0 || at >= min) && (max == 0 || at <= max);
-    let mut page: Vec<&KeyValue> = all()
+    let mut page: Vec<KeyValue> = all()
+        .map(|record| record.encoded.key_value())
         .filter(|kv| {
             within(
                 kv.mod_revision,
@@ -85,7 +67,7 @@ pub(super) fn range(content: &Content, revision: i64, request: &RangeRequest) ->
         page.truncate(limit);
         response.more = true;
     }
-    response.kvs = page.into_iter().cloned().collect();
+    response.kvs = page;
     if request.keys_only {
         response.kvs.iter_mut().for_each(|kv| kv.value = Bytes::new());
     }
@@ -94,12 +76,12 @@ pub(super) fn range(content: &Content, revision: i64, request: &RangeRequest) ->
 
 /// Whether every key of the comparison's range holds to it. Without any key, an absent one is compared.
 pub(super) fn holds(content: &Content, compare: &Compare) -> bool {
-    let mut keys = between(content, &compare.key, &compare.range_end).peekable();
+    let mut keys = content.between(&compare.key, &compare.range_end).peekable();
     if keys.peek().is_none() {
         // An absent key has no value, not even an empty one.
         return compare.target() != CompareTarget::Value && holds_for(compare, &KeyValue::default());
     }
-    keys.all(|kv| holds_for(compare, kv))
+    keys.all(|record| holds_for(compare, &record.encoded.key_value()))
 }
 
 fn holds_for(compare: &Compare, kv: &KeyValue) -> bool {

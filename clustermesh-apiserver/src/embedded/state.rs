@@ -15,19 +15,21 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use bytes::Bytes;
 use isthmus_proto::{
     etcdserverpb::{
-        DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse, RequestOp, ResponseHeader,
-        TxnRequest, TxnResponse, request_op::Request,
+        DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse, RangeRequest, RangeResponse,
+        RequestOp, ResponseHeader, TxnRequest, TxnResponse, request_op::Request,
     },
-    mvccpb::{Event, KeyValue},
+    mvccpb::{Event, KeyValue, event::EventType},
 };
+use prost::Message;
 
 use super::{
     Refusal,
     check::check,
-    select::{self, Content},
+    content::{Content, Record},
+    select,
 };
-use crate::store::SourceChange;
-pub use load::{InvalidLog, Loaded, Stored};
+use crate::store::{Encoded, SourceChange};
+pub use load::{InvalidLog, Loaded, Loading};
 use writing::{Resolved, Step, Writing};
 
 /// What a writer asks for.
@@ -71,11 +73,61 @@ pub enum Answer {
 /// Where a change lies in the log: its revision, and its place among the changes of that revision.
 pub type Place = (i64, u32);
 
+/// A change as it is logged.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Logged {
+    /// The key has this value.
+    Put(Encoded),
+    /// The key is gone.
+    Delete(Bytes),
+}
+
+impl Logged {
+    /// The bytes of its `mvccpb.Event`. A deletion's `kv` has a key and a revision only.
+    pub fn message(&self, place: Place) -> std::borrow::Cow<'_, [u8]> {
+        match self {
+            Self::Put(encoded) => encoded.message().into(),
+            Self::Delete(key) => {
+                let kv = KeyValue {
+                    key: key.clone(),
+                    mod_revision: place.0,
+                    ..Default::default()
+                };
+                let event = Event {
+                    r#type: EventType::Delete as i32,
+                    kv: Some(kv),
+                    prev_kv: None,
+                };
+                event.encode_to_vec().into()
+            }
+        }
+    }
+
+    /// About how many bytes that is.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Put(encoded) => encoded.bytes().len(),
+            Self::Delete(key) => deletion_len(key),
+        }
+    }
+
+    /// Never: a key has a byte at least.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Where older revisions can be read.
+pub trait Past {
+    /// Answers `request`, whose revision is before the present one.
+    fn range(&self, request: &RangeRequest) -> Result<RangeResponse, Refusal>;
+}
+
 /// What has to be on disk.
 #[derive(Clone, Debug, PartialEq)]
 pub enum DiskWrite {
-    /// A change. A deletion's `kv` has a key and a revision only.
-    Append(Place, Event),
+    /// A change.
+    Append(Place, Logged),
     /// The change is not needed any more.
     Remove(Place),
     /// A lease and its TTL in seconds.
@@ -97,13 +149,6 @@ pub struct Effects {
     pub compacted: Option<i64>,
 }
 
-/// A key's value and where its change lies.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Record {
-    pub(super) kv: KeyValue,
-    place: Place,
-}
-
 #[derive(Clone, Debug, Default, PartialEq)]
 struct Lease {
     /// Seconds.
@@ -120,12 +165,18 @@ struct Garbage {
     bytes: usize,
 }
 
+/// The compacted revision of a store that never was: etcd takes a compaction at 0, once.
+pub const NEVER_COMPACTED: i64 = -1;
+
+/// What an entry of the log takes beside its key and value.
+const ENTRY_BYTES: usize = 32;
+
 /// How much of the past is kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Retention {
     /// Most revisions.
     pub revisions: i64,
-    /// Most bytes of replaced keys and values.
+    /// Most bytes of replaced values and deletions.
     pub bytes: usize,
 }
 
@@ -145,10 +196,10 @@ impl Default for State {
     /// An empty store begins at revision 1, as etcd's does.
     fn default() -> Self {
         Self {
-            content: Content::new(),
+            content: Content::default(),
             leases: BTreeMap::new(),
             revision: 1,
-            compacted: 0,
+            compacted: NEVER_COMPACTED,
             garbage: VecDeque::new(),
             garbage_bytes: 0,
         }
@@ -161,7 +212,7 @@ impl State {
         self.revision
     }
 
-    /// Before this revision nothing is known; 0 = everything is.
+    /// Before this revision nothing is known.
     pub fn compacted(&self) -> i64 {
         self.compacted
     }
@@ -177,6 +228,30 @@ impl State {
         Some((lease.ttl, lease.keys.iter().cloned().collect()))
     }
 
+    /// About how many bytes a file with nothing but the state and its history has.
+    pub fn bytes(&self) -> usize {
+        let entries = self.content.len() + self.garbage.len() + self.leases.len();
+        self.content.bytes() + self.garbage_bytes + entries * ENTRY_BYTES
+    }
+
+    /// Whether a compaction would give bytes back.
+    pub fn has_history(&self) -> bool {
+        !self.garbage.is_empty()
+    }
+
+    /// Whether `command` has to read the past, which knows nothing yet of what is not on disk.
+    pub fn reads_past(&self, command: &Command) -> bool {
+        fn any(request: &TxnRequest, now: i64) -> bool {
+            let mut ops = request.success.iter().chain(&request.failure);
+            ops.any(|op| match &op.request {
+                Some(Request::RequestRange(range)) => range.revision > 0 && range.revision < now,
+                Some(Request::RequestTxn(txn)) => any(txn, now),
+                _ => false,
+            })
+        }
+        matches!(command, Command::Txn(request) if any(request, self.revision))
+    }
+
     /// Where to compact so that no more than `retention` is kept and nothing before `aged`; `None` = nothing to do.
     pub fn compaction_due(&self, retention: Retention, aged: i64) -> Option<i64> {
         let mut due = aged.max(self.revision - retention.revisions);
@@ -188,16 +263,18 @@ impl State {
             bytes -= garbage.bytes;
             due = due.max(garbage.since);
         }
-        (due > self.compacted && due <= self.revision).then_some(due)
+        (due > self.compacted.max(0) && due <= self.revision).then_some(due)
     }
 
     /// Does what `command` says, or nothing.
-    pub fn apply(&mut self, command: &Command) -> Result<(Answer, Effects), Refusal> {
+    pub fn apply(&mut self, command: &Command, past: &dyn Past) -> Result<(Answer, Effects), Refusal> {
         check(command)?;
         let mut effects = Effects::default();
         let answer = match command {
             Command::Put(request) => {
-                self.check_put(request)?;
+                // In the other order than in a transaction, as etcd does.
+                self.check_lease(request)?;
+                self.check_kept(request)?;
                 let mut writing = Writing::begin(self, &mut effects);
                 let mut response = writing.put(request);
                 response.header = header(writing.end());
@@ -210,16 +287,14 @@ impl State {
                 Answer::Delete(response)
             }
             Command::Txn(request) => {
-                let resolved = self.resolve(request);
+                let resolved = self.resolve(request, past);
                 // All puts before all ranges, as etcd does.
                 resolved.check(&|step| match step {
-                    Step::Put(request) => self.check_put(request),
+                    Step::Put(request) => self.check_kept(request).and_then(|()| self.check_lease(request)),
                     _ => Ok(()),
                 })?;
                 resolved.check(&|step| match step {
-                    Step::Range(request) if request.revision > self.revision => Err(Refusal::Future),
-                    // Older content is with the readers' store, not here.
-                    Step::Range(request) if request.revision > 0 => Err(Refusal::Compacted),
+                    Step::Refused(refusal) => Err(*refusal),
                     _ => Ok(()),
                 })?;
                 let mut writing = Writing::begin(self, &mut effects);
@@ -286,19 +361,23 @@ impl State {
         self.garbage.push_back(Garbage { since, place, bytes });
     }
 
-    fn check_put(&self, request: &PutRequest) -> Result<(), Refusal> {
-        let keeps = request.ignore_value || request.ignore_lease;
-        if keeps && !self.content.contains_key(&request.key) {
-            Err(Refusal::KeyNotFound)
-        } else if request.lease != 0 && !self.leases.contains_key(&request.lease) {
-            Err(Refusal::LeaseNotFound)
-        } else {
-            Ok(())
+    fn check_lease(&self, request: &PutRequest) -> Result<(), Refusal> {
+        if request.lease != 0 && !self.leases.contains_key(&request.lease) {
+            return Err(Refusal::LeaseNotFound);
         }
+        Ok(())
+    }
+
+    fn check_kept(&self, request: &PutRequest) -> Result<(), Refusal> {
+        let keeps = request.ignore_value || request.ignore_lease;
+        if keeps && !self.content.contains(&request.key) {
+            return Err(Refusal::KeyNotFound);
+        }
+        Ok(())
     }
 
     /// Decides which branches are taken: as etcd does, before anything is written.
-    fn resolve<'r>(&self, request: &'r TxnRequest) -> Resolved<'r> {
+    fn resolve<'r>(&self, request: &'r TxnRequest, past: &dyn Past) -> Resolved<'r> {
         let succeeded = request
             .compare
             .iter()
@@ -310,19 +389,38 @@ impl State {
         };
         let ops = ops.iter().filter_map(|op: &'r RequestOp| op.request.as_ref());
         let steps = ops.map(|op| match op {
-            Request::RequestRange(request) if request.revision == self.revision => {
-                Step::Read(select::range(&self.content, self.revision, request))
-            }
-            Request::RequestRange(request) => Step::Range(request),
+            Request::RequestRange(request) => self.resolve_range(request, past),
             Request::RequestPut(request) => Step::Put(request),
             Request::RequestDeleteRange(request) => Step::Delete(request),
-            Request::RequestTxn(request) => Step::Txn(self.resolve(request)),
+            Request::RequestTxn(request) => Step::Txn(self.resolve(request, past)),
         });
         Resolved {
             succeeded,
             steps: steps.collect(),
         }
     }
+
+    fn resolve_range<'r>(&self, request: &'r RangeRequest, past: &dyn Past) -> Step<'r> {
+        if request.revision == 0 {
+            Step::Range(request)
+        } else if request.revision > self.revision {
+            Step::Refused(Refusal::Future)
+        } else if request.revision < self.compacted {
+            Step::Refused(Refusal::Compacted)
+        } else if request.revision < 0 {
+            // The present one, as etcd sees it.
+            Step::Range(request)
+        } else if request.revision == self.revision {
+            Step::Read(select::range(&self.content, self.revision, request))
+        } else {
+            past.range(request).map_or_else(Step::Refused, Step::Read)
+        }
+    }
+}
+
+/// Bytes that a deletion takes in a log.
+fn deletion_len(key: &[u8]) -> usize {
+    key.len() + 16
 }
 
 fn header(revision: i64) -> Option<ResponseHeader> {
@@ -330,8 +428,4 @@ fn header(revision: i64) -> Option<ResponseHeader> {
         revision,
         ..Default::default()
     })
-}
-
-fn size(kv: &KeyValue) -> usize {
-    kv.key.len() + kv.value.len()
 }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use isthmus_model::ClusterName;
 use isthmus_proto::{
     etcdserverpb::{
-        Compare, DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest,
+        Compare, DeleteRangeRequest, PutRequest, RangeRequest, RangeResponse, RequestOp, TxnRequest,
         compare::{CompareResult, CompareTarget, TargetUnion},
         request_op::Request,
         response_op::Response,
@@ -14,12 +14,19 @@ use isthmus_proto::{
     mvccpb::{Event, KeyValue},
 };
 use proptest::prelude::*;
+use prost::Message;
 
 use super::{
+    Refusal,
     file::{File, OpenError},
-    state::{Answer, Command, DiskWrite, Effects, Loaded, Place, Retention, State, Stored},
+    state::{
+        Answer, Command, DiskWrite, Effects, Loaded, Loading, NEVER_COMPACTED, Past, Place, Retention, State,
+    },
 };
 use crate::store::SourceChange;
+
+mod faults;
+mod service;
 
 /// Content at one revision.
 type Snapshot = BTreeMap<Bytes, KeyValue>;
@@ -147,7 +154,7 @@ impl Model {
 }
 
 /// A disk in memory.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Disk {
     log: BTreeMap<Place, Event>,
     leases: BTreeMap<i64, i64>,
@@ -155,10 +162,21 @@ struct Disk {
 }
 
 impl Disk {
+    fn new() -> Self {
+        Self {
+            log: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            compacted: NEVER_COMPACTED,
+        }
+    }
+
     fn commit(&mut self, writes: &[DiskWrite]) {
         for write in writes.iter().cloned() {
             match write {
-                DiskWrite::Append(place, event) => assert_eq!(self.log.insert(place, event), None),
+                DiskWrite::Append(place, logged) => {
+                    let event = Event::decode(&*logged.message(place)).unwrap();
+                    assert_eq!(self.log.insert(place, event), None);
+                }
                 DiskWrite::Remove(place) => assert!(self.log.remove(&place).is_some(), "{place:?}"),
                 DiskWrite::Lease(id, ttl) => assert_eq!(self.leases.insert(id, ttl), None),
                 DiskWrite::NoLease(id) => assert!(self.leases.remove(&id).is_some()),
@@ -168,16 +186,23 @@ impl Disk {
     }
 
     fn load(&self) -> Loaded {
-        State::load(Stored {
-            compacted: self.compacted,
-            leases: self.leases.clone(),
-            log: self
-                .log
-                .iter()
-                .map(|(place, event)| (*place, event.clone()))
-                .collect(),
+        let mut loading = Loading::new(self.compacted, self.leases.clone());
+        for (place, event) in &self.log {
+            loading.push(*place, event.clone()).unwrap();
+        }
+        loading.end()
+    }
+}
+
+/// The model's past, as readers' history would tell it.
+impl Past for Model {
+    fn range(&self, request: &RangeRequest) -> Result<RangeResponse, Refusal> {
+        assert!(request.revision < self.revision());
+        let all = self.revisions[request.revision as usize].values();
+        Ok(RangeResponse {
+            kvs: all.cloned().collect(),
+            ..Default::default()
         })
-        .unwrap()
     }
 }
 
@@ -248,50 +273,25 @@ fn some_command() -> impl Strategy<Value = Command> {
         4 => txn.prop_map(|(compare, success, failure)| Command::Txn(TxnRequest { compare, success, failure })),
         2 => (1i64..4, 1i64..100).prop_map(|(id, ttl)| Command::Grant { id, ttl }),
         1 => (1i64..4).prop_map(Command::Revoke),
-        1 => (0i64..30).prop_map(Command::Compact),
+        1 => (-2i64..30).prop_map(Command::Compact),
     ]
 }
 
-/// Content after `changes`, without leases, which readers are not told.
+/// Content after `changes`.
 fn replay(content: &mut Snapshot, changes: &[SourceChange]) {
     for change in changes {
         match change {
-            SourceChange::Put {
-                key,
-                value,
-                create_revision,
-                mod_revision,
-                version,
-            } => {
-                let kv = KeyValue {
-                    key: key.clone(),
-                    value: value.clone(),
-                    create_revision: *create_revision,
-                    mod_revision: *mod_revision,
-                    version: *version,
-                    lease: 0,
-                };
-                content.insert(key.clone(), kv);
+            SourceChange::Shared(encoded) => {
+                content.insert(encoded.shared_key(), encoded.key_value());
             }
             SourceChange::Delete { key, .. } => assert!(content.remove(key).is_some()),
+            SourceChange::Put { .. } => panic!("a copy"),
         }
     }
 }
 
-fn revision_of(change: &SourceChange) -> i64 {
-    match change {
-        SourceChange::Put { mod_revision, .. } | SourceChange::Delete { mod_revision, .. } => *mod_revision,
-    }
-}
-
-fn without_leases(snapshot: &Snapshot) -> Snapshot {
-    let mut snapshot = snapshot.clone();
-    snapshot.values_mut().for_each(|kv| kv.lease = 0);
-    snapshot
-}
-
 /// What the state holds, as a transaction reads it.
-fn read(state: &mut State, revision: i64) -> Snapshot {
+fn read(state: &mut State, past: &dyn Past, revision: i64) -> Result<Snapshot, Refusal> {
     let all = RangeRequest {
         key: Bytes::from_static(b"\0"),
         range_end: Bytes::from_static(b"\0"),
@@ -304,23 +304,23 @@ fn read(state: &mut State, revision: i64) -> Snapshot {
         }],
         ..Default::default()
     };
-    let Answer::Txn(mut answer) = state.apply(&Command::Txn(txn)).unwrap().0 else {
+    let Answer::Txn(mut answer) = state.apply(&Command::Txn(txn), past)?.0 else {
         panic!("no transaction's answer");
     };
     let Some(Response::ResponseRange(range)) = answer.responses.remove(0).response else {
         panic!("no range's answer");
     };
-    range.kvs.into_iter().map(|kv| (kv.key.clone(), kv)).collect()
+    Ok(range.kvs.into_iter().map(|kv| (kv.key.clone(), kv)).collect())
 }
 
 proptest! {
     #[test]
     fn it_does_what_the_model_does_and_comes_back_from_disk(commands in proptest::collection::vec(some_command(), 1..60)) {
-        let (mut state, mut model, mut disk) = (State::default(), Model::new(), Disk::default());
+        let (mut state, mut model, mut disk) = (State::default(), Model::new(), Disk::new());
         let mut seen = Snapshot::new();
         for command in &commands {
             let before = state.clone();
-            let result = state.apply(command);
+            let result = state.apply(command, &model);
             match command {
                 Command::Compact(at) => {
                     let allowed = *at > before.compacted() && *at <= before.revision();
@@ -333,14 +333,14 @@ proptest! {
                 continue;
             };
             prop_assert_eq!(state.revision(), model.revision());
-            let all_at_one = changes.iter().all(|change| revision_of(change) == state.revision());
+            let all_at_one = changes.iter().all(|change| change.mod_revision() == state.revision());
             prop_assert!(all_at_one && changes.is_empty() == (state.revision() == before.revision()));
             replay(&mut seen, &changes);
-            prop_assert_eq!(&seen, &without_leases(model.now()));
+            prop_assert_eq!(&seen, model.now());
             disk.commit(&writes);
             // On disk is just what is needed.
             let compacted = disk.compacted;
-            let base = &model.revisions[compacted as usize];
+            let base = &model.revisions[compacted.max(0) as usize];
             let old: BTreeSet<i64> = base.values().map(|kv| kv.mod_revision).collect();
             let logged: BTreeSet<i64> = disk.log.keys().map(|place| place.0).collect();
             let wanted: BTreeSet<i64> = old.into_iter().chain((compacted.max(1) + 1)..=model.revision()).collect();
@@ -349,23 +349,39 @@ proptest! {
             prop_assert_eq!(&loaded.state, &state);
             let mut shown = Snapshot::new();
             replay(&mut shown, &loaded.base);
-            prop_assert_eq!(&shown, &without_leases(base));
+            prop_assert_eq!(&shown, base);
             replay(&mut shown, &loaded.later);
             prop_assert_eq!(&shown, &seen);
         }
-        prop_assert_eq!(&read(&mut state, 0), model.now());
+        let bytes: usize = disk.log.values().map(Message::encoded_len).sum();
+        let spare = (disk.log.len() + disk.leases.len()) * 64;
+        prop_assert!(state.bytes() >= bytes && state.bytes() <= bytes + spare, "{} of {bytes}", state.bytes());
+        for (id, ttl) in &model.leases {
+            let attached = model.now().values().filter(|kv| kv.lease == *id);
+            let attached: Vec<Bytes> = attached.map(|kv| kv.key.clone()).collect();
+            prop_assert_eq!(state.lease(*id), Some((*ttl, attached)));
+        }
         let revision = state.revision();
-        prop_assert_eq!(&read(&mut state, revision), model.now());
+        for at in -3..revision + 3 {
+            let want = match at {
+                at if at > revision => Err(Refusal::Future),
+                0 => Ok(model.now()),
+                at if at < state.compacted() => Err(Refusal::Compacted),
+                ..0 => Ok(model.now()),
+                at => Ok(&model.revisions[at as usize]),
+            };
+            prop_assert_eq!(read(&mut state, &model, at), want.cloned(), "at {}", at);
+        }
     }
 
     #[test]
-    fn compaction_keeps_to_its_bounds(commands in proptest::collection::vec(some_command(), 1..80), revisions in 1i64..20, bytes in 0usize..40) {
+    fn compaction_keeps_to_its_bounds(commands in proptest::collection::vec(some_command(), 1..80), revisions in 1i64..20, bytes in 0usize..400) {
         let mut state = State::default();
         for command in &commands {
-            let _ = state.apply(command);
+            let _ = state.apply(command, &Model::new());
             let retention = Retention { revisions, bytes };
             if let Some(at) = state.compaction_due(retention, 0) {
-                prop_assert!(state.apply(&Command::Compact(at)).is_ok());
+                prop_assert!(state.apply(&Command::Compact(at), &Model::new()).is_ok());
                 prop_assert_eq!(state.compaction_due(retention, 0), None);
             }
             prop_assert!(state.revision() - state.compacted().max(1) <= revisions);
@@ -390,7 +406,7 @@ fn a_file_keeps_its_history_and_content() {
         Command::Put(put("b", "", 5)),
         Command::Compact(3),
     ] {
-        let (_, effects) = state.apply(&command).unwrap();
+        let (_, effects) = state.apply(&command, &Model::new()).unwrap();
         opened.file.commit(&effects.writes).unwrap();
     }
     assert!(matches!(
@@ -408,7 +424,9 @@ fn foreign_and_damaged_files_are_refused_and_left_alone() {
     let path = directory.path().join("store.redb");
     let opened = File::open(directory.path(), &name("c1"), 7).unwrap();
     let mut state = opened.loaded.state;
-    let (_, effects) = state.apply(&Command::Put(put("a", "1", 0))).unwrap();
+    let (_, effects) = state
+        .apply(&Command::Put(put("a", "1", 0)), &Model::new())
+        .unwrap();
     opened.file.commit(&effects.writes).unwrap();
     drop(opened.file);
     let Err(error) = File::open(directory.path(), &name("c2"), 7) else {
@@ -418,12 +436,13 @@ fn foreign_and_damaged_files_are_refused_and_left_alone() {
     File::open(directory.path(), &name("c1"), 7).unwrap();
 
     let whole = std::fs::read(&path).unwrap();
-    for bytes in [b"hello".repeat(1000), whole[..whole.len() / 3].to_vec()] {
+    for bytes in [vec![], b"hello".repeat(1000), whole[..whole.len() / 3].to_vec()] {
         std::fs::write(&path, &bytes).unwrap();
         let Err(error) = File::open(directory.path(), &name("c1"), 7) else {
             panic!("it opens a damaged file");
         };
         assert!(error.to_string().contains("move it away"), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), bytes, "it was touched");
     }
     std::fs::remove_file(&path).unwrap();
     let other = redb::Database::create(&path).unwrap();
@@ -453,12 +472,8 @@ fn a_log_that_makes_no_sense_is_refused() {
         prev_kv: None,
     };
     let load = |event| {
-        let log = vec![((2, 0), event)];
-        State::load(Stored {
-            log,
-            ..Stored::default()
-        })
-        .is_ok()
+        let mut loading = Loading::new(0, BTreeMap::new());
+        loading.push((2, 0), event).is_ok()
     };
     assert!(load(event("a", 2)));
     assert!(!load(event("", 2)));

@@ -34,6 +34,7 @@ impl From<CallError> for Status {
     fn from(error: CallError) -> Self {
         match error {
             CallError::Refused(refusal) => refusal.into(),
+            CallError::Disk(_) => Self::unavailable(error.to_string()),
             CallError::Stopped => errors::stopped(),
         }
     }

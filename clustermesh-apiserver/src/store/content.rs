@@ -151,7 +151,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::store::entry::Revisions;
+    use crate::store::{Encoded, Revisions};
 
     fn entry(key: u16, version: i64) -> Arc<Entry> {
         let revisions = Revisions {
@@ -159,7 +159,11 @@ mod tests {
             modified: version,
             version,
         };
-        Arc::new(Entry::new(&key.to_be_bytes(), b"v", revisions, 1, 1))
+        Arc::new(Entry::new(
+            Encoded::new(&key.to_be_bytes(), b"v", revisions, 0),
+            1,
+            1,
+        ))
     }
 
     fn bound(kind: u8, key: &[u8]) -> Bound<&[u8]> {

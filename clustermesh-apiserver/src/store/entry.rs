@@ -6,68 +6,25 @@ use bytes::{BufMut, Bytes, BytesMut};
 use isthmus_proto::mvccpb::{Event, KeyValue, event::EventType};
 use prost::{
     Message,
-    encoding::{WireType, decode_varint, encode_key, encode_varint, key_len},
+    encoding::{WireType, encode_key, encode_varint, key_len},
 };
 
-use super::SubId;
+use super::{Encoded, Revisions, SubId};
 
 /// Field of `events` in `WatchResponse`.
 const EVENTS_FIELD: u32 = 11;
-/// Fields of `KeyValue`.
-const CREATE_REVISION_FIELD: u8 = 2;
-const MOD_REVISION_FIELD: u8 = 3;
-const VERSION_FIELD: u8 = 4;
-
-/// Revisions of a value in its source's history.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) struct Revisions {
-    pub(super) create: i64,
-    pub(super) modified: i64,
-    pub(super) version: i64,
-}
-
-/// A key's present value. There may be a million of them: key, revisions and value are read from the event's bytes.
+/// A key's present value. There may be a million of them.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) merged_create: i64,
     pub(super) merged_modified: i64,
-    /// The PUT event as a field of `WatchResponse`: tag, length, message.
-    encoded: Bytes,
-    /// Where in it the key begins and ends, and the value begins, which ends the message. (A message has less than 4 GiB.)
-    key_at: u32,
-    key_end: u32,
-    value_at: u32,
+    encoded: Encoded,
 }
 
 impl Entry {
-    /// Copies key and value into one buffer that is also their event.
-    pub(super) fn new(
-        key: &[u8],
-        value: &[u8],
-        revisions: Revisions,
-        merged_create: i64,
-        merged_modified: i64,
-    ) -> Self {
-        let event = Event {
-            r#type: EventType::Put as i32,
-            kv: Some(KeyValue {
-                key: Bytes::copy_from_slice(key),
-                create_revision: revisions.create,
-                mod_revision: revisions.modified,
-                version: revisions.version,
-                // Last, so that it can be found from the end. (Lease 0 is not written.)
-                value: Bytes::copy_from_slice(value),
-                lease: 0,
-            }),
-            prev_kv: None,
-        };
-        let encoded = encode_event(&event);
-        // The key begins right after the tag and length that precede it.
-        let key_at = find_key(&encoded, key);
+    /// Shares the bytes of `encoded`.
+    pub(super) fn new(encoded: Encoded, merged_create: i64, merged_modified: i64) -> Self {
         Self {
-            key_at: key_at as u32,
-            key_end: (key_at + key.len()) as u32,
-            value_at: (encoded.len() - value.len()) as u32,
             merged_create,
             merged_modified,
             encoded,
@@ -75,60 +32,48 @@ impl Entry {
     }
 
     pub(super) fn key(&self) -> &[u8] {
-        &self.encoded[self.key_at as usize..self.key_end as usize]
+        self.encoded.key()
     }
 
     /// Bytes that it keeps.
     pub(super) fn encoded_len(&self) -> usize {
-        self.encoded.len()
+        self.encoded.bytes().len()
     }
 
     pub(super) fn value(&self) -> &[u8] {
-        &self.encoded[self.value_at as usize..]
+        self.encoded.value()
+    }
+
+    /// Whether it is the same value at the same revision.
+    pub(super) fn holds(&self, encoded: &Encoded) -> bool {
+        self.encoded == *encoded
     }
 
     /// Revisions in the source's history.
     pub(super) fn revisions(&self) -> Revisions {
-        let mut revisions = Revisions {
-            create: 0,
-            modified: 0,
-            version: 0,
-        };
-        // They stand between key and value. Each is a tag of one byte and a varint; 0 is not written.
-        let mut rest = &self.encoded[self.key_end as usize..self.value_at as usize];
-        while let Some((tag, after)) = rest.split_first() {
-            let field = match tag >> 3 {
-                CREATE_REVISION_FIELD => &mut revisions.create,
-                MOD_REVISION_FIELD => &mut revisions.modified,
-                VERSION_FIELD => &mut revisions.version,
-                _ => break,
-            };
-            rest = after;
-            // This message was encoded here.
-            *field = decode_varint(&mut rest).unwrap_or_default() as i64;
-        }
-        revisions
+        self.encoded.revisions()
+    }
+
+    /// 0 = none.
+    pub(super) fn lease(&self) -> i64 {
+        self.encoded.lease()
     }
 
     /// The key, sharing the entry's bytes.
     pub(super) fn shared_key(&self) -> Bytes {
-        self.encoded.slice(self.key_at as usize..self.key_end as usize)
+        self.encoded.shared_key()
     }
 
     /// The message, in the source's revisions or the merged view's.
     pub(super) fn key_value(&self, merged: bool) -> KeyValue {
-        let own = self.revisions();
+        let own = self.encoded.key_value();
+        if !merged {
+            return own;
+        }
         KeyValue {
-            key: self.shared_key(),
-            create_revision: if merged { self.merged_create } else { own.create },
-            mod_revision: if merged {
-                self.merged_modified
-            } else {
-                own.modified
-            },
-            version: own.version,
-            value: self.encoded.slice(self.value_at as usize..),
-            lease: 0,
+            create_revision: self.merged_create,
+            mod_revision: self.merged_modified,
+            ..own
         }
     }
 
@@ -147,21 +92,6 @@ impl Entry {
             self.revisions().modified
         }
     }
-}
-
-/// Where the key's bytes begin: after event tag and length, `kv` tag and length, `key` tag and length. An empty key has none
-/// of its own.
-fn find_key(encoded: &[u8], key: &[u8]) -> usize {
-    let mut rest = encoded;
-    for _ in 0..if key.is_empty() { 2 } else { 3 } {
-        // Tags of fields below 16 are one byte; lengths are varints.
-        rest = rest.get(1..).unwrap_or_default();
-        while rest.first().is_some_and(|byte| byte & 0x80 != 0) {
-            rest = &rest[1..];
-        }
-        rest = rest.get(1..).unwrap_or_default();
-    }
-    encoded.len() - rest.len()
 }
 
 fn encode_event(event: &Event) -> Bytes {
@@ -195,7 +125,9 @@ impl Recorded {
 
     /// The event in the source's revisions.
     fn encoded(&self) -> &Bytes {
-        self.after.as_ref().map_or(&self.deletion, |entry| &entry.encoded)
+        self.after
+            .as_ref()
+            .map_or(&self.deletion, |entry| entry.encoded.bytes())
     }
 
     /// Whether it is a PUT.
@@ -270,7 +202,7 @@ impl Batch {
     /// Bytes that it keeps alive beside the present content: about what trimming it gives back.
     pub(super) fn bytes(&self) -> usize {
         let event = |event: &Recorded| {
-            let before = event.before.as_ref().map_or(0, |entry| entry.encoded.len());
+            let before = event.before.as_ref().map_or(0, |entry| entry.encoded_len());
             event.encoded().len() + before + size_of::<Recorded>()
         };
         self.events.iter().map(event).sum()
@@ -291,26 +223,5 @@ impl Batch {
             return event.merged_encoded.get_or_init(encode).clone();
         }
         event.encoded().clone()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use isthmus_proto::etcdserverpb::WatchResponse;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn an_entry_is_its_own_event(key in proptest::collection::vec(any::<u8>(), 0..300), value in proptest::collection::vec(any::<u8>(), 0..20_000), create in 1i64.., modified in 1i64..) {
-            let revisions = Revisions { create, modified, version: 3 };
-            let entry = Entry::new(&key, &value, revisions, 5, 6);
-            prop_assert_eq!(entry.key(), &key[..]);
-            prop_assert_eq!(entry.revisions(), revisions);
-            prop_assert_eq!(entry.value(), &value[..]);
-            let response = WatchResponse::decode(entry.encoded.clone()).unwrap();
-            prop_assert_eq!(response.events[0].kv.clone().unwrap(), entry.key_value(false));
-            prop_assert_eq!(entry.key_value(true).mod_revision, 6);
-        }
     }
 }

@@ -5,8 +5,9 @@ use std::{collections::BTreeSet, sync::Arc};
 use bytes::Bytes;
 
 use super::{
+    Encoded, Revisions,
     content::Content,
-    entry::{Changed, Entry, Revisions},
+    entry::{Changed, Entry},
     history::History,
 };
 
@@ -26,6 +27,8 @@ pub enum SourceChange {
         /// Writes since its creation.
         version: i64,
     },
+    /// The same, with a lease perhaps, in bytes that are shared with who made it.
+    Shared(Encoded),
     /// The key is gone.
     Delete {
         /// Key.
@@ -36,9 +39,19 @@ pub enum SourceChange {
 }
 
 impl SourceChange {
-    pub(super) fn mod_revision(&self) -> i64 {
+    /// The key.
+    pub fn key(&self) -> &[u8] {
+        match self {
+            Self::Put { key, .. } | Self::Delete { key, .. } => key,
+            Self::Shared(encoded) => encoded.key(),
+        }
+    }
+
+    /// Revision of the change.
+    pub fn mod_revision(&self) -> i64 {
         match self {
             Self::Put { mod_revision, .. } | Self::Delete { mod_revision, .. } => *mod_revision,
+            Self::Shared(encoded) => encoded.revisions().modified,
         }
     }
 }
@@ -88,7 +101,7 @@ impl SubStore {
     pub(super) fn replace(&mut self, changes: Vec<SourceChange>, merged_revision: i64) -> Vec<Changed> {
         let mut changed = Vec::with_capacity(changes.len());
         for change in changes {
-            match change {
+            let encoded = match change {
                 SourceChange::Put {
                     key,
                     value,
@@ -96,37 +109,31 @@ impl SubStore {
                     mod_revision,
                     version,
                 } => {
-                    let before = self.content.get(&key).cloned();
                     let revisions = Revisions {
                         create: create_revision,
                         modified: mod_revision,
                         version,
                     };
-                    if before
-                        .as_ref()
-                        .is_some_and(|entry| entry.revisions() == revisions && entry.value() == value)
-                    {
-                        continue;
-                    }
-                    let merged_create = before
-                        .as_ref()
-                        .map_or(merged_revision, |entry| entry.merged_create);
-                    let entry = Arc::new(Entry::new(
-                        &key,
-                        &value,
-                        revisions,
-                        merged_create,
-                        merged_revision,
-                    ));
-                    self.content.insert(entry.clone());
-                    changed.push((Some(entry), before));
+                    Encoded::new(&key, &value, revisions, 0)
                 }
+                SourceChange::Shared(encoded) => encoded,
                 SourceChange::Delete { key, .. } => {
                     if let Some(before) = self.content.remove(&key) {
                         changed.push((None, Some(before)));
                     }
+                    continue;
                 }
+            };
+            let before = self.content.get(encoded.key()).cloned();
+            if before.as_ref().is_some_and(|entry| entry.holds(&encoded)) {
+                continue;
             }
+            let merged_create = before
+                .as_ref()
+                .map_or(merged_revision, |entry| entry.merged_create);
+            let entry = Arc::new(Entry::new(encoded, merged_create, merged_revision));
+            self.content.insert(entry.clone());
+            changed.push((Some(entry), before));
         }
         changed
     }
@@ -152,13 +159,8 @@ impl SubStore {
                 modified: revision,
                 version: 1,
             };
-            let entry = Entry::new(
-                entry.key(),
-                entry.value(),
-                revisions,
-                entry.merged_create,
-                entry.merged_modified,
-            );
+            let encoded = Encoded::new(entry.key(), entry.value(), revisions, entry.lease());
+            let entry = Entry::new(encoded, entry.merged_create, entry.merged_modified);
             self.content.insert(Arc::new(entry));
         }
     }

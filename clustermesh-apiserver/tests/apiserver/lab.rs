@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use isthmus_clustermesh_apiserver::{
-    Config, StoreConfig, bind, embedded::HistoryKept, mirror::readiness::ReadyTimeouts, server::ServerLimits,
+    Config, StoreConfig, bind, embedded::Limits, mirror::readiness::ReadyTimeouts, server::ServerLimits,
     store::HistoryLimits,
 };
 use isthmus_kvstore::{Change, EtcdConfig, Feed, Options, Update, Writer, WriterOptions, follow};
@@ -310,7 +310,7 @@ pub fn embedded(name: &str, id: u32, data_dir: &Path, pki: &Pki) -> Config {
     Config {
         store: StoreConfig::Embedded {
             data_dir: data_dir.to_owned(),
-            kept: HistoryKept::default(),
+            limits: Limits::default(),
         },
         ..config(name, id, nowhere, pki)
     }

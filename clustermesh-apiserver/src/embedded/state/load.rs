@@ -4,21 +4,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use isthmus_proto::mvccpb::{Event, KeyValue, event::EventType};
+use isthmus_proto::mvccpb::{Event, event::EventType};
 
-use super::{Lease, Place, Record, State, size};
-use crate::store::SourceChange;
-
-/// What a disk holds.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Stored {
-    /// Compacted revision; 0 = none.
-    pub compacted: i64,
-    /// Leases and their TTLs in seconds.
-    pub leases: BTreeMap<i64, i64>,
-    /// Changes, oldest first.
-    pub log: Vec<(Place, Event)>,
-}
+use super::{Lease, Place, Record, State, deletion_len};
+use crate::store::{Encoded, Revisions, SourceChange};
 
 /// A state as it was stored, and how readers get there.
 #[derive(Debug)]
@@ -39,34 +28,64 @@ pub struct InvalidLog {
     pub place: Place,
 }
 
-impl State {
-    /// The state that was stored.
-    pub fn load(stored: Stored) -> Result<Loaded, InvalidLog> {
-        let mut state = Self {
-            revision: stored.compacted.max(1),
-            compacted: stored.compacted,
-            ..Self::default()
+/// A state that is being read from a disk: a change at a time, oldest first.
+#[derive(Debug)]
+pub struct Loading {
+    state: State,
+    /// Once the log has passed the compacted revision.
+    base: Option<Vec<SourceChange>>,
+    later: Vec<SourceChange>,
+}
+
+impl Loading {
+    /// Begins with the compacted revision, and leases with their TTLs in seconds.
+    pub fn new(compacted: i64, leases: BTreeMap<i64, i64>) -> Self {
+        let mut state = State {
+            revision: compacted.max(1),
+            compacted,
+            ..State::default()
         };
-        for (id, ttl) in stored.leases {
+        for (id, ttl) in leases {
             let keys = BTreeSet::new();
             state.leases.insert(id, Lease { ttl, keys });
         }
-        let mut log = stored.log.into_iter().peekable();
-        while let Some((place, event)) = log.next_if(|(place, _)| place.0 <= stored.compacted) {
-            state.replay(place, event)?;
+        Self {
+            state,
+            base: None,
+            later: Vec::new(),
         }
-        let base = state.content.values().map(|record| put_change(&record.kv));
-        let base = base.collect();
-        let mut later = Vec::new();
-        for (place, event) in log {
-            later.push(state.replay(place, event)?);
+    }
+
+    /// The next change.
+    pub fn push(&mut self, place: Place, event: Event) -> Result<(), InvalidLog> {
+        if place.0 > self.state.compacted && self.base.is_none() {
+            self.base = Some(self.content());
         }
-        for record in state.content.values() {
-            if let Some(lease) = state.leases.get_mut(&record.kv.lease) {
-                lease.keys.insert(record.kv.key.clone());
+        let change = self.replay(place, event)?;
+        if self.base.is_some() {
+            self.later.push(change);
+        }
+        Ok(())
+    }
+
+    /// There are no more.
+    pub fn end(mut self) -> Loaded {
+        let base = self.base.take().unwrap_or_else(|| self.content());
+        let Self { mut state, later, .. } = self;
+        let State { content, leases, .. } = &mut state;
+        for record in content.iter() {
+            if let Some(lease) = leases.get_mut(&record.encoded.lease()) {
+                lease.keys.insert(record.encoded.shared_key());
             }
         }
-        Ok(Loaded { state, base, later })
+        Loaded { state, base, later }
+    }
+
+    fn content(&self) -> Vec<SourceChange> {
+        let records = self.state.content.iter();
+        records
+            .map(|record| SourceChange::Shared(record.encoded.clone()))
+            .collect()
     }
 
     fn replay(&mut self, place: Place, event: Event) -> Result<SourceChange, InvalidLog> {
@@ -77,36 +96,35 @@ impl State {
         if kv.key.is_empty() || !in_order {
             return Err(invalid);
         }
-        self.revision = self.revision.max(place.0);
-        if let Some(old) = self.content.remove(&kv.key) {
-            self.discard(place.0, old.place, size(&old.kv));
+        let state = &mut self.state;
+        state.revision = state.revision.max(place.0);
+        if let Some(old) = state.content.take(&kv.key) {
+            state.discard(place.0, old.place(), old.len());
         }
         Ok(match kind {
             EventType::Put => {
                 if kv.create_revision < 1 || kv.create_revision > place.0 || kv.version < 1 {
                     return Err(invalid);
                 }
-                let change = put_change(&kv);
-                self.content.insert(kv.key.clone(), Record { kv, place });
-                change
+                let revisions = Revisions {
+                    create: kv.create_revision,
+                    modified: kv.mod_revision,
+                    version: kv.version,
+                };
+                let encoded = Encoded::new(&kv.key, &kv.value, revisions, kv.lease);
+                state.content.insert(Record {
+                    encoded: encoded.clone(),
+                    index: place.1,
+                });
+                SourceChange::Shared(encoded)
             }
             EventType::Delete => {
-                self.discard(place.0, place, kv.key.len());
+                state.discard(place.0, place, deletion_len(&kv.key));
                 SourceChange::Delete {
                     key: kv.key,
                     mod_revision: place.0,
                 }
             }
         })
-    }
-}
-
-fn put_change(kv: &KeyValue) -> SourceChange {
-    SourceChange::Put {
-        key: kv.key.clone(),
-        value: kv.value.clone(),
-        create_revision: kv.create_revision,
-        mod_revision: kv.mod_revision,
-        version: kv.version,
     }
 }

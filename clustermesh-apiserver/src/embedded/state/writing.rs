@@ -9,11 +9,11 @@ use isthmus_proto::{
         DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse, RangeRequest, RangeResponse,
         ResponseHeader, ResponseOp, TxnResponse, response_op::Response,
     },
-    mvccpb::{Event, KeyValue, event::EventType},
+    mvccpb::KeyValue,
 };
 
-use super::{DiskWrite, Effects, Place, Record, Refusal, State, header, select, size};
-use crate::store::SourceChange;
+use super::{DiskWrite, Effects, Logged, Place, Record, Refusal, State, deletion_len, header, select};
+use crate::store::{Encoded, Revisions, SourceChange};
 
 /// A transaction whose branches are decided.
 pub(super) struct Resolved<'r> {
@@ -33,8 +33,9 @@ impl Resolved<'_> {
 
 pub(super) enum Step<'r> {
     Range(&'r RangeRequest),
-    /// A range at the revision before the transaction.
+    /// A range at the revision before the transaction, or an older one.
     Read(RangeResponse),
+    Refused(Refusal),
     Put(&'r PutRequest),
     Delete(&'r DeleteRangeRequest),
     Txn(Resolved<'r>),
@@ -83,52 +84,49 @@ impl<'s> Writing<'s> {
 
     pub(super) fn put(&mut self, request: &PutRequest) -> PutResponse {
         let place = self.place();
-        let before = self.state.content.remove(&request.key);
-        let old = before.as_ref().map(|record| &record.kv);
+        let before = self.state.content.take(&request.key);
+        let old = before.as_ref().map(|record| &record.encoded);
         let lease = match old {
-            Some(old) if request.ignore_lease => old.lease,
+            Some(old) if request.ignore_lease => old.lease(),
             _ => request.lease,
         };
-        let kv = KeyValue {
-            // Copied: what was decoded is a part of the request, and would keep all of it.
-            key: Bytes::copy_from_slice(&request.key),
-            value: match old {
-                Some(old) if request.ignore_value => old.value.clone(),
-                _ => Bytes::copy_from_slice(&request.value),
-            },
-            create_revision: old.map_or(self.next, |old| old.create_revision),
-            mod_revision: self.next,
-            version: old.map_or(1, |old| old.version + 1),
-            lease,
+        let value = match old {
+            Some(old) if request.ignore_value => old.value(),
+            _ => &request.value,
         };
+        let revisions = Revisions {
+            create: old.map_or(self.next, |old| old.revisions().create),
+            modified: self.next,
+            version: old.map_or(1, |old| old.revisions().version + 1),
+        };
+        // Copied: what was decoded is a part of the request, and would keep all of it.
+        let encoded = Encoded::new(&request.key, value, revisions, lease);
         if let Some(old) = &before {
-            self.detach(&old.kv);
-            self.state.discard(self.next, old.place, size(&old.kv));
+            self.detach(&old.encoded);
+            self.state.discard(self.next, old.place(), old.len());
         }
         if let Some(lease) = self.state.leases.get_mut(&lease) {
-            lease.keys.insert(kv.key.clone());
+            lease.keys.insert(encoded.shared_key());
         }
-        self.effects.changes.push(SourceChange::Put {
-            key: kv.key.clone(),
-            value: kv.value.clone(),
-            create_revision: kv.create_revision,
-            mod_revision: kv.mod_revision,
-            version: kv.version,
-        });
+        self.effects.changes.push(SourceChange::Shared(encoded.clone()));
         self.effects
             .writes
-            .push(DiskWrite::Append(place, event(EventType::Put, kv.clone())));
-        self.state.content.insert(kv.key.clone(), Record { kv, place });
+            .push(DiskWrite::Append(place, Logged::Put(encoded.clone())));
+        self.state.content.insert(Record {
+            encoded,
+            index: place.1,
+        });
         PutResponse {
             header: header(self.next),
-            prev_kv: before.filter(|_| request.prev_kv).map(|record| record.kv),
+            prev_kv: before
+                .filter(|_| request.prev_kv)
+                .map(|record| record.encoded.key_value()),
         }
     }
 
     pub(super) fn delete(&mut self, request: &DeleteRangeRequest) -> DeleteRangeResponse {
-        let keys: Vec<Bytes> = select::between(&self.state.content, &request.key, &request.range_end)
-            .map(|kv| kv.key.clone())
-            .collect();
+        let between = self.state.content.between(&request.key, &request.range_end);
+        let keys: Vec<Bytes> = between.map(|record| record.encoded.shared_key()).collect();
         let deleted: Vec<KeyValue> = keys.iter().filter_map(|key| self.delete_key(key)).collect();
         DeleteRangeResponse {
             header: header(self.revision()),
@@ -138,29 +136,24 @@ impl<'s> Writing<'s> {
     }
 
     pub(super) fn delete_key(&mut self, key: &Bytes) -> Option<KeyValue> {
-        let old = self.state.content.remove(key)?;
+        let old = self.state.content.take(key)?;
         let place = self.place();
-        self.detach(&old.kv);
-        self.state.discard(self.next, old.place, size(&old.kv));
-        self.state.discard(self.next, place, key.len());
-        let kv = KeyValue {
-            key: old.kv.key.clone(),
-            mod_revision: self.next,
-            ..Default::default()
-        };
+        self.detach(&old.encoded);
+        self.state.discard(self.next, old.place(), old.len());
+        self.state.discard(self.next, place, deletion_len(key));
         self.effects.changes.push(SourceChange::Delete {
-            key: kv.key.clone(),
+            key: key.clone(),
             mod_revision: self.next,
         });
         self.effects
             .writes
-            .push(DiskWrite::Append(place, event(EventType::Delete, kv)));
-        Some(old.kv)
+            .push(DiskWrite::Append(place, Logged::Delete(key.clone())));
+        Some(old.encoded.key_value())
     }
 
-    fn detach(&mut self, kv: &KeyValue) {
-        if let Some(lease) = self.state.leases.get_mut(&kv.lease) {
-            lease.keys.remove(&kv.key);
+    fn detach(&mut self, encoded: &Encoded) {
+        if let Some(lease) = self.state.leases.get_mut(&encoded.lease()) {
+            lease.keys.remove(encoded.key());
         }
     }
 
@@ -174,6 +167,8 @@ impl<'s> Writing<'s> {
                     header: header(self.revision()),
                     ..response
                 }),
+                // A transaction with one of these is refused before it writes.
+                Step::Refused(_) => Response::ResponseRange(RangeResponse::default()),
                 Step::Put(request) => Response::ResponsePut(self.put(request)),
                 Step::Delete(request) => Response::ResponseDeleteRange(self.delete(request)),
                 Step::Txn(resolved) => Response::ResponseTxn(self.txn(resolved)),
@@ -188,13 +183,5 @@ impl<'s> Writing<'s> {
             succeeded: resolved.succeeded,
             responses: responses.collect(),
         }
-    }
-}
-
-fn event(kind: EventType, kv: KeyValue) -> Event {
-    Event {
-        r#type: kind as i32,
-        kv: Some(kv),
-        prev_kv: None,
     }
 }
