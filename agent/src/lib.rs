@@ -145,7 +145,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         compare_error: None,
     };
 
-    let following = follow(etcd, Options::default(), [], shutdown.clone());
+    let following = follow(etcd.clone(), Options::default(), [], shutdown.clone());
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(async move {
         restored.run(calls_out).await;
@@ -193,7 +193,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     ));
     let server = tonic::transport::Server::builder()
         .add_service(CniServer::new(api::cni::CniService::new(calls_in)))
-        .add_service(LocalServer::new(api::local::LocalService::new(handle)))
+        .add_service(LocalServer::new(api::local::LocalService::new(handle, etcd)))
         .serve_with_incoming_shutdown(
             UnixListenerStream::new(socket),
             shutdown.clone().cancelled_owned(),

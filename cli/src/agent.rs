@@ -145,12 +145,15 @@ impl Agent {
         Ok(response.map_err(self.refused())?.into_inner().services)
     }
 
-    /// The remote clusters.
-    pub async fn cluster_mesh_status(&self) -> Result<api::ClusterMeshStatusResponse, AgentError> {
+    /// The remote clusters, and if asked for, the replicas of the own cluster's API server.
+    pub async fn cluster_mesh_status(
+        &self,
+        replicas: bool,
+    ) -> Result<api::ClusterMeshStatusResponse, AgentError> {
         let response = self
             .client
             .clone()
-            .cluster_mesh_status(api::ClusterMeshStatusRequest {})
+            .cluster_mesh_status(api::ClusterMeshStatusRequest { replicas })
             .await;
         Ok(response.map_err(self.refused())?.into_inner())
     }

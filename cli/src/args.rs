@@ -144,8 +144,10 @@ pub enum ClusterMeshCommand {
   isthmus clustermesh status -o json
 
 A remote cluster is ready when it is connected, its configuration is accepted, everything of it is listed, and \
-this node's datapath has it. HEARTBEAT is how long ago its heartbeat was last seen to change. Exits with 1 if one \
-is not ready.")]
+this node's datapath has it. PHASE is what the API server does with it: connecting, listing, synced, stale (what is \
+known stays and may be old), refused or draining; PROGRESS how much of it is read, and the time left. HEARTBEAT is how \
+long ago its heartbeat was last seen to change. Every replica of this cluster's API server is asked too; those that do \
+not answer within 3 seconds are listed with the reason. Exits with 1 if a remote cluster is not ready.")]
     Status(StatusArgs),
 }
 

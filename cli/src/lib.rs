@@ -9,6 +9,7 @@ pub mod agent;
 pub mod args;
 pub mod bpf;
 pub mod output;
+pub mod screen;
 pub mod view;
 
 use std::{
@@ -20,6 +21,7 @@ use std::{
 use agent::{Agent, AgentError};
 use args::{AgentArgs, Args, ClusterMeshCommand, Command, DbCommand, ServiceCommand, StatusArgs, WaitArgs};
 use clap::CommandFactory;
+use screen::Screen;
 
 /// How often a waiting command asks again.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
@@ -34,23 +36,23 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
             Ok(well(view::status::is_well(&response)))
         }
         Command::ClusterMesh(ClusterMeshCommand::Status(StatusArgs { agent, wait })) => {
-            let ask = async || {
-                Agent::connect(&agent.socket_path)
-                    .await?
-                    .cluster_mesh_status()
-                    .await
+            let ask = async |replicas| {
+                let client = Agent::connect(&agent.socket_path).await?;
+                client.cluster_mesh_status(replicas).await
             };
-            // Waiting means waiting for a mesh: an agent that just started knows no cluster yet.
-            let response = wait_for(&wait, ask, |response| {
-                !response.clusters.is_empty() && view::clustermesh::all_ready(response)
-            })
-            .await?;
-            let now_ms = SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .unwrap_or_default()
-                .as_millis();
-            let now_ms = u64::try_from(now_ms).unwrap_or(u64::MAX);
-            print(&view::clustermesh::render(&response, agent.output, now_ms))?;
+            if wait.wait {
+                let mut screen = Screen::of_stderr();
+                // Waiting means waiting for a mesh: an agent that just started knows no cluster yet.
+                let done = |response: &_| {
+                    screen.show(&view::clustermesh::waiting(response));
+                    !response.clusters.is_empty() && view::clustermesh::all_ready(response)
+                };
+                let waited = wait_for(&wait, async || ask(false).await, done).await;
+                screen.clear();
+                waited?;
+            }
+            let response = ask(true).await?;
+            print(&view::clustermesh::render(&response, agent.output, now_ms()))?;
             let known = !wait.wait || !response.clusters.is_empty();
             Ok(well(known && view::clustermesh::all_ready(&response)))
         }
@@ -98,7 +100,7 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
 async fn wait_for<T>(
     wait: &WaitArgs,
     ask: impl AsyncFn() -> Result<T, AgentError>,
-    done: impl Fn(&T) -> bool,
+    mut done: impl FnMut(&T) -> bool,
 ) -> Result<T, AgentError> {
     let begun = Instant::now();
     loop {
@@ -114,6 +116,11 @@ async fn wait_for<T>(
         }
         tokio::time::sleep(POLL_INTERVAL).await;
     }
+}
+
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn well(well: bool) -> ExitCode {

@@ -100,6 +100,7 @@ impl Local for Fake {
         Ok(Response::new(ClusterMeshStatusResponse {
             clusters: vec![west],
             global_services: 1,
+            replicas: vec![],
         }))
     }
 

@@ -288,6 +288,7 @@ async fn measure(metrics: StoreMetrics, own: ClusterName, shared: Shared, shutdo
         for family in [
             &metrics.revision,
             &metrics.keys,
+            &metrics.bytes,
             &metrics.history_len,
             &metrics.history_bytes,
         ] {
@@ -306,6 +307,7 @@ async fn measure(metrics: StoreMetrics, own: ClusterName, shared: Shared, shutdo
             };
             metrics.revision.get_or_create(&label).set(status.revision);
             metrics.keys.get_or_create(&label).set(status.keys as i64);
+            metrics.bytes.get_or_create(&label).set(status.bytes as i64);
             metrics
                 .history_len
                 .get_or_create(&label)

@@ -92,6 +92,10 @@ pub struct ServerMetrics {
     pub ranges: Counter,
     /// Watches that the peer's certificate does not allow.
     pub denied: Counter,
+    /// Other requests that it does not allow.
+    pub denied_requests: Counter,
+    /// Bytes written to clients, before TLS.
+    pub sent_bytes: Counter,
 }
 
 /// What the mirror counts.
@@ -105,6 +109,24 @@ pub struct MirrorMetrics {
     pub failures: Family<Target, Counter>,
     /// When the last one was, Unix seconds.
     pub last_failure: Family<Target, Gauge>,
+    /// 1 if a connection stands.
+    pub connected: Family<Target, Gauge>,
+    /// Connections made after one was lost.
+    pub reconnects: Family<Target, Counter>,
+    /// Seconds since when what is known may be old, 0 if it is not.
+    pub staleness: Family<Target, Gauge>,
+    /// Seconds since the heartbeat was last seen to change: the lag behind the source.
+    pub heartbeat_age: Family<Target, Gauge>,
+    /// Entries received of the lists.
+    pub list_received: Family<Target, Gauge>,
+    /// Entries that the lists have.
+    pub list_expected: Family<Target, Gauge>,
+    /// Seconds until all is received; -1 if that is not known.
+    pub list_left: Family<Target, Gauge>,
+    /// Entries that are mirrored.
+    pub remote_keys: Family<Target, Gauge>,
+    /// Their bytes.
+    pub remote_bytes: Family<Target, Gauge>,
     /// Objects refused.
     pub refused: Family<Refused, Counter>,
 }
@@ -116,6 +138,8 @@ pub struct StoreMetrics {
     pub revision: Family<Sub, Gauge>,
     /// Keys.
     pub keys: Family<Sub, Gauge>,
+    /// Bytes of keys and values.
+    pub bytes: Family<Sub, Gauge>,
     /// Batches in the history.
     pub history_len: Family<Sub, Gauge>,
     /// Bytes in the history.
@@ -180,6 +204,16 @@ impl ServerMetrics {
                 "Watches outside the peer's key ranges",
                 Counter::default(),
             ),
+            denied_requests: metrics.register(
+                "server_requests_denied",
+                "Requests other than watches outside the peer's rights",
+                Counter::default(),
+            ),
+            sent_bytes: metrics.register(
+                "server_sent_bytes",
+                "Bytes written to clients, before TLS",
+                Counter::default(),
+            ),
         }
     }
 }
@@ -208,6 +242,51 @@ impl MirrorMetrics {
                 "When the connection to the remote cluster last failed",
                 Family::default(),
             ),
+            connected: metrics.register(
+                "remote_cluster_connected",
+                "1 if a connection to the remote cluster stands",
+                Family::default(),
+            ),
+            reconnects: metrics.register(
+                "remote_cluster_reconnects",
+                "Connections to the remote cluster made after one was lost",
+                Family::default(),
+            ),
+            staleness: metrics.register(
+                "remote_cluster_staleness_seconds",
+                "How long what is known of the remote cluster may have been old, 0 if it is not",
+                Family::default(),
+            ),
+            heartbeat_age: metrics.register(
+                "remote_cluster_heartbeat_age_seconds",
+                "Age of the remote cluster's last heartbeat, -1 if none was seen",
+                Family::default(),
+            ),
+            list_received: metrics.register(
+                "remote_cluster_list_received_entries",
+                "Entries received of the remote cluster's lists",
+                Family::default(),
+            ),
+            list_expected: metrics.register(
+                "remote_cluster_list_expected_entries",
+                "Entries that the remote cluster's lists have",
+                Family::default(),
+            ),
+            list_left: metrics.register(
+                "remote_cluster_list_left_seconds",
+                "Time until the remote cluster is read in full, -1 if it is not known",
+                Family::default(),
+            ),
+            remote_keys: metrics.register(
+                "remote_cluster_keys",
+                "Keys that are mirrored of the remote cluster",
+                Family::default(),
+            ),
+            remote_bytes: metrics.register(
+                "remote_cluster_bytes",
+                "Bytes that are mirrored of the remote cluster",
+                Family::default(),
+            ),
             refused: metrics.register(
                 "refused_objects",
                 "Objects of the remote cluster that were refused, by reason",
@@ -221,9 +300,22 @@ impl MirrorMetrics {
         let target = Target {
             target_cluster: cluster.to_owned(),
         };
-        self.readiness.remove(&target);
+        for gauges in [
+            &self.readiness,
+            &self.last_failure,
+            &self.connected,
+            &self.staleness,
+            &self.heartbeat_age,
+            &self.list_received,
+            &self.list_expected,
+            &self.list_left,
+            &self.remote_keys,
+            &self.remote_bytes,
+        ] {
+            gauges.remove(&target);
+        }
         self.failures.remove(&target);
-        self.last_failure.remove(&target);
+        self.reconnects.remove(&target);
     }
 }
 
@@ -233,6 +325,11 @@ impl StoreMetrics {
         Self {
             revision: metrics.register("store_revision", "Revision of a source", Family::default()),
             keys: metrics.register("store_keys", "Keys of a source", Family::default()),
+            bytes: metrics.register(
+                "store_bytes",
+                "Bytes of a source's keys and values, as they are kept",
+                Family::default(),
+            ),
             history_len: metrics.register(
                 "store_history_batches",
                 "Batches of changes kept of a source",

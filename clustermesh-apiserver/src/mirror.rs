@@ -455,7 +455,7 @@ impl Task {
             let mut ids = ids.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             act(remote, store, &mut ids)
         });
-        self.remote.export(&self.metrics);
+        self.remote.export(&self.metrics, now_ms());
         let standing = readiness::standing(self.remote.status(), self.begun.elapsed(), self.ready);
         self.board.send_if_modified(|board| {
             let changed = board.get(&self.name) != Some(&standing);

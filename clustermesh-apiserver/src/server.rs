@@ -19,6 +19,7 @@ mod kv;
 pub mod limits;
 mod peer;
 mod registry;
+mod replica;
 mod stream;
 mod watch;
 mod write;

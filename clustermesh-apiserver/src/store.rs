@@ -304,6 +304,16 @@ impl Store {
         self.record_local(vec![(Some(entry), before)]);
     }
 
+    /// Values of this server's own keys that begin with `prefix`.
+    pub fn local_values(&self, prefix: &str) -> Vec<&[u8]> {
+        let from = (Bound::Included(prefix.as_bytes()), Bound::Unbounded);
+        let entries = self.local.range(&from).0;
+        entries
+            .take_while(|entry| entry.key().starts_with(prefix.as_bytes()))
+            .map(|entry| entry.value())
+            .collect()
+    }
+
     /// Deletes a key of this server itself.
     pub fn delete_local(&mut self, key: &[u8]) {
         if let Some(before) = self.local.remove(key) {

@@ -2,10 +2,12 @@
 
 use std::{
     pin::Pin,
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use futures::Stream;
+use isthmus_kvstore::{EtcdConfig, Options, Replica, ask_replicas};
 use isthmus_mesh::loadbalancer::{BackendView, ServiceView};
 use isthmus_model::Protocol;
 use isthmus_proto::agent::{
@@ -14,6 +16,7 @@ use isthmus_proto::agent::{
     local_server::Local,
 };
 use isthmus_runtime::State;
+use isthmus_wire::status::ReplicaStatus;
 use tonic::{Request, Response, Status};
 
 use crate::{
@@ -25,17 +28,23 @@ use crate::{
 
 /// Longest part of a table in one message, in bytes: well below the 4 MiB that gRPC clients read.
 const PART_LEN_MAX: usize = 512 * 1024;
+/// How long a replica of the API server may take to answer.
+const REPLICA_PATIENCE: Duration = Duration::from_secs(3);
 
 /// The service.
 #[derive(Clone, Debug)]
 pub struct LocalService {
     state: Handle,
+    upstream: Arc<EtcdConfig>,
 }
 
 impl LocalService {
-    /// Answers from this loop's state.
-    pub fn new(state: Handle) -> Self {
-        Self { state }
+    /// Answers from this loop's state, and asks the API server's replicas that `upstream` names.
+    pub fn new(state: Handle, upstream: EtcdConfig) -> Self {
+        Self {
+            state,
+            upstream: Arc::new(upstream),
+        }
     }
 
     async fn read<T: Send + 'static>(
@@ -88,12 +97,12 @@ impl Local for LocalService {
 
     async fn cluster_mesh_status(
         &self,
-        _request: Request<ClusterMeshStatusRequest>,
+        request: Request<ClusterMeshStatusRequest>,
     ) -> Result<Response<ClusterMeshStatusResponse>, Status> {
         let unix_ms = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_millis().try_into().unwrap_or(u64::MAX));
-        let answer = self
+        let mut answer = self
             .read(move |facts, _| ClusterMeshStatusResponse {
                 clusters: facts
                     .state
@@ -102,8 +111,13 @@ impl Local for LocalService {
                     .map(|remote| cluster(remote, unix_ms))
                     .collect(),
                 global_services: facts.state.global_services().try_into().unwrap_or(u32::MAX),
+                replicas: Vec::new(),
             })
             .await?;
+        if request.into_inner().replicas {
+            let asked = ask_replicas(&self.upstream, &Options::default(), REPLICA_PATIENCE).await;
+            answer.replicas = asked.into_iter().map(replica).collect();
+        }
         Ok(Response::new(answer))
     }
 
@@ -197,6 +211,32 @@ fn backend(view: &BackendView) -> proto::Backend {
     }
 }
 
+fn replica(replica: Replica) -> proto::Replica {
+    let (status, error) = match replica.answer {
+        Ok(status) => (status, String::new()),
+        Err(error) => (ReplicaStatus::default(), error),
+    };
+    proto::Replica {
+        endpoint: replica.endpoint.to_string(),
+        address: replica
+            .address
+            .map(|address| address.to_string())
+            .unwrap_or_default(),
+        error,
+        round_trip_ms: millis(replica.round_trip),
+        version: status.version,
+        started_ms: status.started_ms,
+        revision: status.revision,
+        remotes: status.remotes,
+        remotes_connected: status.remotes_connected,
+        remotes_ready: status.remotes_ready,
+        watches: status.watches,
+        streams: status.streams,
+        keys: status.keys,
+        bytes: status.bytes,
+    }
+}
+
 fn cluster(remote: RemoteView, unix_ms: u64) -> proto::RemoteCluster {
     let (ready, status, services) = (remote.is_ready(), remote.summary(), remote.services());
     let connected = remote.is_connected();
@@ -225,6 +265,18 @@ fn cluster(remote: RemoteView, unix_ms: u64) -> proto::RemoteCluster {
         slices: remote.cluster.map_or(mirror.slices, |cluster| cluster.slices),
         refused: mirror.refused.into_iter().collect(),
         last_refusals: mirror.last_refusals,
+        phase: mirror.phase.as_str().to_owned(),
+        received: mirror.progress.received,
+        expected: mirror.progress.expected,
+        keys_per_second: mirror.progress.keys_per_second,
+        bytes_per_second: mirror.progress.bytes_per_second,
+        left_ms: mirror.progress.left_ms,
+        stale_since_ms: mirror.stale_since_ms,
+        last_error: mirror.last_error,
+        retries: mirror.retries,
+        next_retry_ms: mirror.next_retry_ms,
+        bytes: mirror.bytes,
+        restricted: mirror.restricted,
     }
 }
 

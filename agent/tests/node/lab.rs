@@ -325,7 +325,7 @@ impl Lab {
 
     pub fn clusters(&self) -> Vec<proto::RemoteCluster> {
         let mut client = LocalClient::new(self.channel());
-        let request = proto::ClusterMeshStatusRequest {};
+        let request = proto::ClusterMeshStatusRequest::default();
         let answer = self.runtime.block_on(client.cluster_mesh_status(request));
         answer.unwrap().into_inner().clusters
     }

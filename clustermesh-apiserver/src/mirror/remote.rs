@@ -79,8 +79,8 @@ struct Mirrored {
     source_id: u64,
     /// The list that is under way.
     pending: Option<Pending>,
-    /// Objects were refused for want of room.
-    no_room: bool,
+    /// Objects were refused for want of room: what the smallest of them needs, in bytes.
+    short_of: Option<u64>,
 }
 
 /// A configured remote cluster.
@@ -228,6 +228,7 @@ impl Remote {
                     self.on_objects(store, &feed, revision, reported, now_ms);
                 }
             }
+            Update::History { feed, history } => self.on_history(store, &feed, history, now_ms),
             Update::Listed {
                 feed,
                 cluster_id,
@@ -307,6 +308,9 @@ impl Remote {
             Vec::new()
         };
         changes.extend(self.use_room(store, now_ms));
+        for (_, mirrored) in self.kinds.values_mut() {
+            mirrored.ingest.on_tick(store, &mirrored.sub, now_ms);
+        }
         self.refresh(store, now_ms);
         self.write_status(store);
         changes
@@ -445,7 +449,7 @@ impl Remote {
                 synced: false,
                 source_id: 0,
                 pending: None,
-                no_room: false,
+                short_of: None,
             };
             self.kinds.insert(feed.name.clone(), (kind, mirrored));
             changes.push(FeedChange::Add(feed));
@@ -492,5 +496,7 @@ fn wanted(admitted: &Admitted) -> Vec<Kind> {
         .collect()
 }
 
+#[cfg(test)]
+mod lies;
 #[cfg(test)]
 mod tests;

@@ -229,5 +229,5 @@ async fn serve(
     }
     tracing::debug!(peer = peer.name, ?from, resumed, "connected");
     context.connected();
-    connection::serve(shaken.stream, peer, builder, routes).await;
+    connection::serve(shaken.stream, peer, builder, routes, &context.metrics).await;
 }

@@ -155,8 +155,9 @@ impl cluster_server::Cluster for Calls {
 impl maintenance_server::Maintenance for Calls {
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         let header = self.header(&request)?;
+        let own_cluster = Peer::of(&request)?.may_read(&super::replica::range());
         let index = u64::try_from(header.revision).unwrap_or_default();
-        Ok(Response::new(StatusResponse {
+        let mut response = Response::new(StatusResponse {
             version: VERSION.to_owned(),
             // Some size, so that tools which divide by it do not.
             db_size: 1,
@@ -167,7 +168,11 @@ impl maintenance_server::Maintenance for Calls {
             raft_applied_index: index,
             header: Some(header),
             ..Default::default()
-        }))
+        });
+        if own_cluster {
+            super::replica::describe(&self.0, response.metadata_mut());
+        }
+        Ok(response)
     }
 
     async fn alarm(&self, request: Request<AlarmRequest>) -> Result<Response<AlarmResponse>, Status> {

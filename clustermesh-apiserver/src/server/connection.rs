@@ -11,8 +11,11 @@ use std::{
 
 use hyper::{Request, body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use prometheus_client::metrics::counter::Counter;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tonic::{codegen::Service, service::Routes};
+use tonic::{Status, codegen::Service, service::Routes};
+
+use crate::metrics::ServerMetrics;
 
 use super::{Peer, account::Metered, answers::Large, limits::ServerLimits};
 
@@ -27,6 +30,9 @@ const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// Bytes of a stream beyond which no room is asked for. Smaller than a message: those are counted in [`super::account`].
 const SEND_BUFFER: usize = 64 * 1024;
+
+/// gRPC's code, as headers say it.
+const PERMISSION_DENIED: &[u8] = b"7";
 
 /// How connections are served.
 pub(super) type Builder = http2::Builder<TokioExecutor>;
@@ -50,18 +56,28 @@ pub(super) fn builder(limits: &ServerLimits) -> Builder {
 }
 
 /// Serves until the connection has ended. A peer that is to leave is told so, and its streams may end before it is closed.
-pub(super) async fn serve<S>(stream: S, peer: Arc<Peer>, builder: &Builder, routes: Routes)
-where
+pub(super) async fn serve<S>(
+    stream: S,
+    peer: Arc<Peer>,
+    builder: &Builder,
+    routes: Routes,
+    metrics: &ServerMetrics,
+) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let service = service_fn({
-        let peer = peer.clone();
+        let (peer, denied) = (peer.clone(), metrics.denied_requests.clone());
         move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(peer.clone());
             let answer = routes.clone().call(request);
-            let account = peer.account.clone();
+            let (account, denied) = (peer.account.clone(), denied.clone());
             async move {
                 let mut answer = answer.await?;
+                // An answer that is an error has its code in the header.
+                let code = answer.headers().get(Status::GRPC_STATUS);
+                if code.is_some_and(|code| code.as_bytes() == PERMISSION_DENIED) {
+                    denied.inc();
+                }
                 let large = answer.extensions_mut().remove::<Large>();
                 Ok::<_, Infallible>(answer.map(|body| Metered::new(body, account, large)))
             }
@@ -70,6 +86,7 @@ where
     let io = TokioIo::new(Heard {
         stream,
         peer: peer.clone(),
+        sent_bytes: metrics.sent_bytes.clone(),
     });
     let mut connection = pin!(builder.serve_connection(io, service));
     let mut left = pin!(peer.clone().left());
@@ -95,6 +112,15 @@ where
 struct Heard<S> {
     stream: S,
     peer: Arc<Peer>,
+    sent_bytes: Counter,
+}
+
+impl<S> Heard<S> {
+    fn sent(&self, polled: &Poll<io::Result<usize>>) {
+        if let Poll::Ready(Ok(bytes)) = polled {
+            self.sent_bytes.inc_by(*bytes as u64);
+        }
+    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Heard<S> {
@@ -116,7 +142,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Heard<S> {
         cx: &mut TaskContext<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        let polled = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.sent(&polled);
+        polled
     }
 
     fn poll_write_vectored(
@@ -124,7 +152,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Heard<S> {
         cx: &mut TaskContext<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bytes)
+        let polled = Pin::new(&mut self.stream).poll_write_vectored(cx, bytes);
+        self.sent(&polled);
+        polled
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -1,5 +1,8 @@
 //! Clusters that mirror each other: what passes the border, what does not, and what stays when a remote goes away.
 
+mod grants;
+mod operations;
+
 use isthmus_kvstore::Feed;
 use isthmus_model::IdentityRange;
 use isthmus_wire::{

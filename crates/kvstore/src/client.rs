@@ -82,7 +82,7 @@ impl CallError {
         }
     }
 
-    fn of(status: Status, message_len_max: usize) -> Self {
+    pub(crate) fn of(status: Status, message_len_max: usize) -> Self {
         let text = status.message();
         match status.code() {
             Code::OutOfRange if text.contains("has been compacted") => Self::Compacted,

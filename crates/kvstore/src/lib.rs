@@ -16,6 +16,7 @@ mod connect;
 pub mod follow;
 pub mod follower;
 pub mod plan;
+pub mod replicas;
 pub mod rfc3339;
 pub mod writer;
 
@@ -24,4 +25,5 @@ pub use config::{ConfigError, EtcdConfig};
 pub use connect::{ConnectError, Options};
 pub use follow::{Feeds, Follow, Update, follow};
 pub use follower::{Change, Feed};
+pub use replicas::{Replica, ask_replicas};
 pub use writer::{Writer, WriterOptions, WriterStatus};

@@ -196,13 +196,59 @@ pub struct Backend {
     pub backend_id: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct ClusterMeshStatusRequest {}
+pub struct ClusterMeshStatusRequest {
+    /// Also ask every replica of the own cluster's API server, which takes up to a few seconds.
+    #[prost(bool, tag = "1")]
+    pub replicas: bool,
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ClusterMeshStatusResponse {
     #[prost(message, repeated, tag = "1")]
     pub clusters: ::prost::alloc::vec::Vec<RemoteCluster>,
     #[prost(uint32, tag = "2")]
     pub global_services: u32,
+    /// If they were asked for.
+    #[prost(message, repeated, tag = "3")]
+    pub replicas: ::prost::alloc::vec::Vec<Replica>,
+}
+/// One address of the own cluster's API server.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Replica {
+    /// The endpoint in the agent's configuration.
+    #[prost(string, tag = "1")]
+    pub endpoint: ::prost::alloc::string::String,
+    /// address:port; empty if the endpoint's name does not resolve.
+    #[prost(string, tag = "2")]
+    pub address: ::prost::alloc::string::String,
+    /// Why it does not answer; empty if it does.
+    #[prost(string, tag = "3")]
+    pub error: ::prost::alloc::string::String,
+    /// Milliseconds until it had answered, connection included.
+    #[prost(uint64, tag = "4")]
+    pub round_trip_ms: u64,
+    /// What it says about itself. Of another server than Isthmus' only version and revision are known.
+    #[prost(string, tag = "5")]
+    pub version: ::prost::alloc::string::String,
+    /// Unix milliseconds.
+    #[prost(uint64, tag = "6")]
+    pub started_ms: u64,
+    /// Revision of the own cluster's store that it has read.
+    #[prost(int64, tag = "7")]
+    pub revision: i64,
+    #[prost(uint64, tag = "8")]
+    pub remotes: u64,
+    #[prost(uint64, tag = "9")]
+    pub remotes_connected: u64,
+    #[prost(uint64, tag = "10")]
+    pub remotes_ready: u64,
+    #[prost(uint64, tag = "11")]
+    pub watches: u64,
+    #[prost(uint64, tag = "12")]
+    pub streams: u64,
+    #[prost(uint64, tag = "13")]
+    pub keys: u64,
+    #[prost(uint64, tag = "14")]
+    pub bytes: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RemoteCluster {
@@ -241,6 +287,39 @@ pub struct RemoteCluster {
     >,
     #[prost(string, repeated, tag = "15")]
     pub last_refusals: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// connecting, listing, synced, stale, refused, draining, unknown: what the API server's mirror does.
+    #[prost(string, tag = "16")]
+    pub phase: ::prost::alloc::string::String,
+    /// Entries received of those that the lists have.
+    #[prost(uint64, tag = "17")]
+    pub received: u64,
+    #[prost(uint64, tag = "18")]
+    pub expected: u64,
+    #[prost(uint64, tag = "19")]
+    pub keys_per_second: u64,
+    #[prost(uint64, tag = "20")]
+    pub bytes_per_second: u64,
+    /// Milliseconds until all is received, if that is known.
+    #[prost(uint64, optional, tag = "21")]
+    pub left_ms: ::core::option::Option<u64>,
+    /// Unix milliseconds since when what is known may be old; 0 if it is not.
+    #[prost(uint64, tag = "22")]
+    pub stale_since_ms: u64,
+    /// The last failure, also after it has passed.
+    #[prost(string, tag = "23")]
+    pub last_error: ::prost::alloc::string::String,
+    /// Failures in a row; 0 while a connection stands.
+    #[prost(uint64, tag = "24")]
+    pub retries: u64,
+    /// Unix milliseconds; 0 while a connection stands.
+    #[prost(uint64, tag = "25")]
+    pub next_retry_ms: u64,
+    /// Bytes that are mirrored.
+    #[prost(uint64, tag = "26")]
+    pub bytes: u64,
+    /// What it may publish is restricted by isthmus-accept.
+    #[prost(bool, tag = "27")]
+    pub restricted: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ShowTableRequest {

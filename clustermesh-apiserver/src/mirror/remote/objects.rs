@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use isthmus_kvstore::{Change, Feed};
+use isthmus_kvstore::{Change, Feed, History, Past};
 use isthmus_wire::{
     Refusal,
     keys::{self, Kind},
@@ -12,13 +12,17 @@ use isthmus_wire::{
 
 use super::{FeedChange, Mirrored, Remote, keys_max};
 use crate::{
-    ingest::{Ingest, Ingested},
-    mirror::grants::Grants,
+    ingest::{Ingest, Ingested, IngestedPast, past_before},
+    mirror::{grants::Grants, translate::Border},
     store::{Relist, SourceChange, Store, SubId},
 };
 
 /// Lists begun for want of room are a minute apart at least.
 const ROOM_INTERVAL_MS: u64 = 60_000;
+
+/// So many revisions before a kind's first list are asked for, so that readers of the server before this one go on from where
+/// they were.
+const HISTORY_REVISIONS: i64 = 5_000;
 
 /// What was received in the list that is under way and stands in no store yet.
 #[derive(Debug, Default)]
@@ -102,7 +106,7 @@ impl Remote {
                 Change::Refused {
                     key, surplus: true, ..
                 } => {
-                    mirrored.no_room = true;
+                    mirrored.short_of = Some(mirrored.short_of.unwrap_or(0));
                     let (what, limit) = ("the prefix", mirrored.feed.keys_max);
                     let len = limit.saturating_add(1);
                     // It is not followed, and so was never taken.
@@ -114,7 +118,10 @@ impl Remote {
                     (key, Refusal::TooLarge { len, limit })
                 }
             };
-            mirrored.no_room |= matches!(refusal, Refusal::TooManyBytes { .. });
+            if let Refusal::TooManyBytes { bytes: with, .. } = refusal {
+                let needs = with.saturating_sub(bytes);
+                mirrored.short_of = Some(mirrored.short_of.map_or(needs, |least| least.min(needs)));
+            }
             let kept = mirrored.border.translate(&key).ok();
             ingested.extend(kept.map(|to| Ingested::Kept(to.into())));
             refusals.push((key, refusal));
@@ -126,6 +133,24 @@ impl Remote {
             .on_changes(store, &mirrored.sub, revision, ingested);
         for (key, refusal) in refusals {
             self.on_refusal(key, &refusal);
+        }
+    }
+
+    /// Takes in what happened before a kind's first list, checked as every object is.
+    pub(super) fn on_history(&mut self, store: &mut Store, feed: &Arc<str>, history: History, now_ms: u64) {
+        let Some((_, mirrored)) = self.kinds.get_mut(feed) else {
+            return;
+        };
+        let (ingest, sub) = (&mut mirrored.ingest, &mirrored.sub);
+        match history {
+            History::Begins { from } => ingest.on_history_begins(store, sub, from, now_ms),
+            History::Events(past) => {
+                let past = past.into_iter();
+                let past = past.filter_map(|past| past_object(&mirrored.border, past)).collect();
+                ingest.on_past(store, sub, past);
+            }
+            History::Complete => ingest.on_history_complete(store, sub),
+            History::Lost => ingest.on_history_lost(store, sub),
         }
     }
 
@@ -148,7 +173,9 @@ impl Remote {
         let keys_max = self.grants.entries_max(kind).unwrap_or(keys_max(kind));
         Feed {
             name: format!("{prefix}#{}", self.feeds_made).into(),
-            ..Feed::prefix(prefix, kind.value_len_max()).with_keys_max(keys_max)
+            ..Feed::prefix(prefix, kind.value_len_max())
+                .with_keys_max(keys_max)
+                .with_history(HISTORY_REVISIONS)
         }
     }
 
@@ -201,7 +228,8 @@ impl Remote {
         };
         // What readers know of this history is not so any more: they list, compare, and drop what was withdrawn. This state is
         // between two of the source's, and has an ID of its own.
-        let between = (grants.fingerprint() ^ fingerprint_before.rotate_left(32)).max(1);
+        let mixed = grants.fingerprint().rotate_left(16) ^ fingerprint_before.rotate_left(40);
+        let between = mixed.max(1);
         let list = Relist {
             cluster_id: mirrored.source_id ^ between,
             revision: status.revision,
@@ -224,7 +252,7 @@ impl Remote {
         mirrored.feed = self.make_feed(kind, mirrored.border.prefix());
         mirrored.ingest = Ingest::default();
         mirrored.pending = None;
-        mirrored.no_room = false;
+        mirrored.short_of = None;
         let add = FeedChange::Add(mirrored.feed.clone());
         self.kinds.insert(mirrored.feed.name.clone(), (kind, mirrored));
         vec![FeedChange::Remove(name.clone()), add]
@@ -235,15 +263,16 @@ impl Remote {
         if now_ms < self.room_due_ms || !self.status.connected {
             return Vec::new();
         }
-        // Nine tenths: one object more or less must not lead to a list each time.
-        let room = self.bytes(store) / 9 < self.grants.bytes_max() / 10;
+        let left = self.grants.bytes_max().saturating_sub(self.bytes(store));
         let names: Vec<Arc<str>> = self
             .kinds
             .iter()
             .filter(|(name, (_, mirrored))| {
                 let keys = store.status(&mirrored.sub).map_or(0, |sub| sub.keys);
-                let few = keys / 9 < mirrored.feed.keys_max / 10;
-                mirrored.no_room && room && few && self.live.contains(*name)
+                // A tenth: one key more or less must not lead to a list each time.
+                let few = mirrored.feed.keys_max.saturating_sub(keys) > mirrored.feed.keys_max / 10;
+                let room = mirrored.short_of.is_some_and(|needs| needs <= left);
+                room && few && self.live.contains(*name)
             })
             .map(|(name, _)| name.clone())
             .collect();
@@ -274,4 +303,35 @@ impl Remote {
     pub(super) fn sub(&self, kind: Kind) -> SubId {
         SubId::Remote(self.cluster.clone(), kind)
     }
+}
+
+/// A past change at the border: translated, and judged as it would be now. `None` for a key that is none of the kind.
+fn past_object(border: &Border, past: Past) -> Option<IngestedPast> {
+    let revision = past.change.mod_revision();
+    let source = past.change.key().clone();
+    let to = Bytes::from(border.translate(&source).ok()?);
+    let admitted = |value: &[u8]| border.check(&source, value).is_ok();
+    let before = past_before(&to, past.before, admitted);
+    let change = match past.change {
+        Change::Put {
+            value,
+            create_revision,
+            mod_revision,
+            version,
+            ..
+        } if admitted(&value) => Ingested::Change(SourceChange::Put {
+            key: to,
+            value,
+            create_revision,
+            mod_revision,
+            version,
+        }),
+        Change::Delete { mod_revision, .. } => Ingested::Change(SourceChange::Delete { key: to, mod_revision }),
+        Change::Put { .. } | Change::Refused { .. } => Ingested::Kept(to),
+    };
+    Some(IngestedPast {
+        revision,
+        change,
+        before,
+    })
 }

@@ -182,20 +182,39 @@ impl Remote {
     }
 
     /// Brings the metrics up to date.
-    pub fn export(&mut self, metrics: &MirrorMetrics) {
+    pub fn export(&mut self, metrics: &MirrorMetrics, now_ms: u64) {
         let target = Target {
             target_cluster: self.cluster.to_string(),
         };
-        let ready = self.status.connected && self.status.ready && !self.status.stale;
-        metrics.readiness.get_or_create(&target).set(ready.into());
-        if self.new_failures > 0 {
-            metrics
-                .failures
-                .get_or_create(&target)
-                .inc_by(std::mem::take(&mut self.new_failures));
-            let seconds = i64::try_from(self.status.last_failure_ms / 1000).unwrap_or(i64::MAX);
-            metrics.last_failure.get_or_create(&target).set(seconds);
+        let status = &self.status;
+        let age_s = |since_ms: u64| signed(now_ms.saturating_sub(since_ms) / 1000);
+        let known_age_s = |since_ms: u64, unknown| if since_ms == 0 { unknown } else { age_s(since_ms) };
+        let progress = &status.progress;
+        let ready = status.connected && status.ready && !status.stale;
+        let gauges = [
+            (&metrics.readiness, i64::from(ready)),
+            (&metrics.connected, i64::from(status.connected)),
+            (&metrics.staleness, known_age_s(status.stale_since_ms, 0)),
+            (&metrics.heartbeat_age, known_age_s(status.heartbeat_seen_ms, -1)),
+            (&metrics.list_received, signed(progress.received)),
+            (&metrics.list_expected, signed(progress.expected)),
+            (
+                &metrics.list_left,
+                progress.left_ms.map_or(-1, |left| signed(left.div_ceil(1000))),
+            ),
+            (&metrics.remote_keys, signed(status.objects.values().sum())),
+            (&metrics.remote_bytes, signed(status.bytes)),
+            (&metrics.last_failure, signed(status.last_failure_ms / 1000)),
+        ];
+        for (family, value) in gauges {
+            family.get_or_create(&target).set(value);
         }
+        let failures = metrics.failures.get_or_create(&target);
+        failures.inc_by(std::mem::take(&mut self.new_failures));
+        drop(failures);
+        let reconnects = metrics.reconnects.get_or_create(&target);
+        reconnects.inc_by(std::mem::take(&mut self.new_reconnects));
+        drop(reconnects);
         for (reason, count) in std::mem::take(&mut self.new_refusals) {
             let refused = Refused {
                 target_cluster: self.cluster.to_string(),
@@ -204,4 +223,8 @@ impl Remote {
             metrics.refused.get_or_create(&refused).inc_by(count);
         }
     }
+}
+
+fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
 }

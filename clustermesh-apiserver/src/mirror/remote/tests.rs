@@ -5,24 +5,28 @@ use isthmus_model::ClusterId;
 use super::*;
 use crate::store::HistoryLimits;
 
-struct World {
-    store: Store,
+pub(super) struct World {
+    pub(super) store: Store,
     ids: ClusterIds,
-    remote: Remote,
+    pub(super) remote: Remote,
 }
 
 impl World {
     fn new() -> Self {
+        Self::with_grants(Grants::default())
+    }
+
+    pub(super) fn with_grants(grants: Grants) -> Self {
         let limits = HistoryLimits::default();
         let max = MaxConnectedClusters::C255;
         Self {
             store: Store::new(ClusterName::new("c1").unwrap(), 5, limits, limits),
             ids: ClusterIds::new(ClusterId::new(1, max).unwrap()),
-            remote: Remote::new(ClusterName::new("c2").unwrap(), max, Grants::default()),
+            remote: Remote::new(ClusterName::new("c2").unwrap(), max, grants),
         }
     }
 
-    fn on(&mut self, update: Update, now_ms: u64) -> Vec<FeedChange> {
+    pub(super) fn on(&mut self, update: Update, now_ms: u64) -> Vec<FeedChange> {
         self.remote.on(&mut self.store, &mut self.ids, update, now_ms)
     }
 
@@ -96,10 +100,24 @@ fn a_heart_that_never_beat_is_told_of_too() {
 impl World {
     /// Its config says this ID; the feeds that follow.
     fn config(&mut self, id: u32) -> Vec<FeedChange> {
+        self.config_text(format!("{{\"id\":{id}}}"))
+    }
+
+    /// The same with all kinds; the feeds of objects.
+    pub(super) fn config_with_slices(&mut self, id: u32) -> Vec<Feed> {
+        let changes = self.config_text(format!("{{\"id\":{id},\"isthmus\":{{\"slices\":1}}}}"));
+        let feeds = changes.into_iter().filter_map(|change| match change {
+            FeedChange::Add(feed) => Some(feed),
+            FeedChange::Remove(_) => None,
+        });
+        feeds.collect()
+    }
+
+    fn config_text(&mut self, text: String) -> Vec<FeedChange> {
         let key = keys::cluster_config(&ClusterName::new("c2").unwrap());
         let change = Change::Put {
             key: key.clone().into(),
-            value: format!("{{\"id\":{id}}}").into(),
+            value: text.into(),
             create_revision: 1,
             mod_revision: 1,
             version: 1,
