@@ -273,6 +273,7 @@ async fn open_datapath(places: &Places) -> anyhow::Result<Arc<Datapath>> {
     let config = DatapathConfig {
         bpf_root: places.bpf_root.clone(),
         cgroup_root: places.cgroup_root.clone(),
+        socket_lb: true,
     };
     let datapath = tokio::task::spawn_blocking(move || Datapath::open(&config)).await??;
     Ok(Arc::new(datapath))

@@ -1,7 +1,7 @@
 //! Packets that another node sent through the overlay: ingress of the VXLAN device.
 //!
 //! The VNI is the source's identity, which the sending node vouches for. Destinations are pods of this node and the
-//! node's own addresses; nothing is forwarded further.
+//! node's own addresses; nothing is forwarded further. A backend's answer to a pod seems to come from the frontend.
 
 use aya_ebpf::{
     bindings::{TC_ACT_OK, TC_ACT_SHOT},
@@ -12,7 +12,7 @@ use aya_ebpf::{
 use isthmus_bpf_abi::{Address, Direction, DropReason, NodeConfig, endpoint_flag};
 
 use crate::{
-    deliver,
+    deliver, flow,
     metrics::count,
     overlay,
     parse::{Frame, parse},
@@ -26,7 +26,7 @@ const PACKET_HOST: u32 = 0;
 fn isthmus_from_overlay(ctx: TcContext) -> i32 {
     let bytes = ctx.len();
     let (reason, verdict) = match decide(&ctx) {
-        Ok(verdict) => (DropReason::Forwarded, verdict),
+        Ok(done) => done,
         Err(reason) => (reason, TC_ACT_SHOT),
     };
     count(reason, Direction::FromOverlay, bytes);
@@ -34,15 +34,16 @@ fn isthmus_from_overlay(ctx: TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn decide(ctx: &TcContext) -> Result<i32, DropReason> {
+fn decide(ctx: &TcContext) -> Result<(DropReason, i32), DropReason> {
     // A VNI has 24 bits, so every other number is a cluster's identity or a reserved one.
     if overlay::vni(ctx).ok_or(DropReason::NoTunnelKey)? == 0 {
         return Err(DropReason::InvalidVni);
     }
-    let Frame::Ip(packet) = parse(ctx)? else {
+    let work = tables::work()?;
+    if parse(ctx, &mut work.packet)? == Frame::Arp {
         return Err(DropReason::UnsupportedProtocol);
-    };
-    if tables::endpoint(&packet.source).is_some() {
+    }
+    if tables::endpoint(&work.packet.source).is_some() {
         // No other node may speak for a pod of this one.
         return Err(DropReason::InvalidSource);
     }
@@ -51,14 +52,19 @@ fn decide(ctx: &TcContext) -> Result<i32, DropReason> {
     if unsafe { bpf_skb_change_type(ctx.skb.skb, PACKET_HOST) } != 0 {
         return Err(DropReason::WriteFailed);
     }
-    if let Some(endpoint) = tables::endpoint(&packet.destination) {
+    if let Some(endpoint) = tables::endpoint(&work.packet.destination) {
         if endpoint.flags & endpoint_flag::HOST != 0 {
-            return Ok(TC_ACT_OK);
+            return Ok((DropReason::Forwarded, TC_ACT_OK));
         }
-        return deliver::to_pod(ctx, endpoint);
+        if flow::enabled() {
+            flow::backward(ctx, work)?;
+        }
+        return Ok((work.packet.outcome, deliver::to_pod(ctx, endpoint)?));
     }
     match tables::config() {
-        Some(config) if is_of_node(config, &packet.destination) => Ok(TC_ACT_OK),
+        Some(config) if is_of_node(config, &work.packet.destination) => {
+            Ok((DropReason::Forwarded, TC_ACT_OK))
+        }
         _ => Err(DropReason::UnknownDestination),
     }
 }

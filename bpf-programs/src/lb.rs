@@ -5,12 +5,12 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use isthmus_bpf_abi::{
-    Address, Backend, Direction, DropReason, PROTO_UDP, ReverseSkKey, ReverseSkValue, SELECT_TRIES_MAX,
-    ServiceKey, flow_hash, next_slot, pick_slot,
+    Address, Backend, Direction, DropReason, PROTO_UDP, ReverseSkKey, ReverseSkValue, ServiceKey, flow_hash,
 };
 
 use crate::{
     metrics::count,
+    select::{Selection, select},
     sock::{self, ALLOW, Family, REFUSE},
     tables,
 };
@@ -29,16 +29,6 @@ pub enum Choice {
     Sticky,
 }
 
-/// What the tables say about a frontend.
-enum Selection {
-    /// No frontend has this address, port and protocol.
-    NotAService,
-    /// Go there.
-    Backend { backend: Backend, service_id: u32 },
-    /// A frontend, but nowhere to go.
-    Nowhere(DropReason),
-}
-
 /// Sends a call that names a frontend to one of its backends; leaves others alone. Returns the hook's verdict.
 #[inline(always)]
 pub fn translate(ctx: &SockAddrContext, family: Family, choice: Choice) -> i32 {
@@ -53,7 +43,19 @@ pub fn translate(ctx: &SockAddrContext, family: Family, choice: Choice) -> i32 {
         pad: [0; 2],
     };
     let cookie = sock::cookie(ctx);
-    let (backend, service_id) = match select(&frontend, family, choice, cookie) {
+    let number = || match choice {
+        // SAFETY: no arguments, no memory.
+        Choice::Random => unsafe { bpf_get_prandom_u32() },
+        Choice::Sticky => flow_hash(cookie, &address, port),
+    };
+    let fits = |_, backend: &Backend| {
+        if sock::fits(&backend.address, family) {
+            Ok(())
+        } else {
+            Err(DropReason::FamilyMismatch)
+        }
+    };
+    let (backend, service_id) = match select(&frontend, number, fits) {
         Selection::NotAService => return ALLOW,
         Selection::Nowhere(reason) => return refuse(reason, EHOSTUNREACH),
         Selection::Backend { backend, service_id } => (backend, service_id),
@@ -88,51 +90,6 @@ pub fn restore(ctx: &SockAddrContext, family: Family) {
     {
         sock::set_address(ctx, family, &frontend.address, frontend.port);
     }
-}
-
-/// Follows frontend, slot, backend. A miss on the way means that the agent is just changing the service: start again
-/// at the frontend, which may have another count by then, and take the next slot; a bounded number of times.
-#[inline(always)]
-fn select(frontend: &ServiceKey, family: Family, choice: Choice, cookie: u64) -> Selection {
-    let mut reason = DropReason::BackendGone;
-    let mut number = 0;
-    for attempt in 0..SELECT_TRIES_MAX {
-        let Some(service) = tables::service(frontend) else {
-            // Gone between two tries: it was one when the call began, and its address still leads nowhere.
-            return if attempt == 0 {
-                Selection::NotAService
-            } else {
-                Selection::Nowhere(DropReason::BackendGone)
-            };
-        };
-        if service.count == 0 {
-            return Selection::Nowhere(DropReason::NoBackend);
-        }
-        number = match choice {
-            _ if attempt > 0 => next_slot(number, service.count),
-            // SAFETY: no arguments, no memory.
-            Choice::Random => pick_slot(unsafe { bpf_get_prandom_u32() }, service.count),
-            Choice::Sticky => pick_slot(flow_hash(cookie, &frontend.address, frontend.port), service.count),
-        };
-        let Some(slot) = tables::service(&frontend.at_slot(number)) else {
-            continue;
-        };
-        if slot.service_id != service.service_id {
-            continue;
-        }
-        let Some(backend) = tables::backend(slot.backend_id) else {
-            continue;
-        };
-        if !sock::fits(&backend.address, family) {
-            reason = DropReason::FamilyMismatch;
-            continue;
-        }
-        return Selection::Backend {
-            backend,
-            service_id: service.service_id,
-        };
-    }
-    Selection::Nowhere(reason)
 }
 
 #[inline(always)]

@@ -1,32 +1,43 @@
 //! Isthmus' BPF programs, one object.
 //!
 //! In: socket calls of processes below the agent's cgroup, packets on the host's side of pods' veth pairs and on the
-//! VXLAN device, and the maps that the agent fills. Out: rewritten socket addresses, verdicts, redirected packets,
-//! counters.
+//! VXLAN device, and the maps that the agent fills. Out: rewritten socket addresses and packets, verdicts, redirected
+//! packets, counters.
 //!
-//! A file per hook reads as a list of steps; what hooks share is by concern: `tables` (maps), `sock` (socket
-//! addresses), `lb` (backend choice), `parse` (headers), `overlay` (tunnel data), `deliver` (to a local pod), `metrics`.
+//! A file per hook reads as a list of steps; what hooks share is by concern. Sockets: `sock` (addresses), `lb` (translation).
+//! Packets: `parse` and `l4` (headers), `flow` (translation), `ct` (conntrack), `nat` (rewriting), `icmp` (errors), `answer`
+//! (refusals), `overlay` (tunnel data), `deliver` (to a local pod). Both: `select` (backend choice), `tables` (maps),
+//! `metrics`. `work` is where packet programs keep what the stack has no room for.
 //!
-//! Invariants: every exit that drops or refuses counts a named reason; a socket call for a frontend goes to a backend
-//! or fails, never to the frontend's own address; the programs only read what the agent wrote, beside counters and
-//! the way back from backend to frontend, so they go on alone when the agent is away.
+//! Invariants: every exit that drops or refuses counts a named reason; a socket call or packet for a frontend goes to a
+//! backend or fails, never to the frontend's own address; the programs only read what the agent wrote, beside counters,
+//! conntrack and a socket's way back from backend to frontend, so they go on alone when the agent is away.
 #![no_std]
 #![no_main]
 
+mod answer;
 mod connect;
+mod ct;
 mod deliver;
+mod flow;
 mod from_container;
 mod from_overlay;
 mod getpeername;
+mod icmp;
+mod l4;
 mod lb;
 mod metrics;
+mod nat;
 mod overlay;
 mod parse;
 mod recvmsg;
+mod select;
 mod sendmsg;
 mod sock;
 mod tables;
+mod to_container;
 mod to_overlay;
+mod work;
 
 /// The source is Apache-2.0 or GPL-2.0; the kernel takes it under the latter, for the helpers it lends only so.
 #[unsafe(no_mangle)]

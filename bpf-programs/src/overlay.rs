@@ -38,7 +38,7 @@ pub fn route(entry: Option<IpcacheValue>) -> Result<Route, DropReason> {
 }
 
 /// Gives the packet the data with which the VXLAN device will wrap it: to the entry's node, from `identity`.
-#[inline(always)]
+#[inline(never)]
 pub fn encapsulate(ctx: &TcContext, identity: u32, to: &IpcacheValue) -> Result<(), DropReason> {
     if identity == 0 || identity > VNI_MAX {
         return Err(DropReason::InvalidVni);

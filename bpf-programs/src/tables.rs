@@ -6,9 +6,12 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
 };
 use isthmus_bpf_abi::{
-    Address, Backend, BackendKey, CONFIG_INDEX, Endpoint, EndpointKey, IpcacheKey, IpcacheValue,
-    MetricsValue, NodeConfig, ReverseSkKey, ReverseSkValue, ServiceKey, ServiceValue, maps as spec,
+    Address, Backend, BackendKey, CONFIG_INDEX, CtKey, CtValue, DropReason, Endpoint, EndpointKey,
+    FragmentKey, FragmentValue, IpcacheKey, IpcacheValue, MetricsValue, NodeConfig, ReverseSkKey,
+    ReverseSkValue, ServiceKey, ServiceValue, maps as spec,
 };
+
+use crate::work::Work;
 
 #[map(name = "isthmus_services")]
 static SERVICES: HashMap<ServiceKey, ServiceValue> =
@@ -33,6 +36,17 @@ static IPCACHE: LpmTrie<IpcacheData, IpcacheValue> =
 #[map(name = "isthmus_endpoints")]
 static ENDPOINTS: HashMap<EndpointKey, Endpoint> =
     HashMap::pinned(spec::ENDPOINTS.max_entries, spec::ENDPOINTS.flags);
+
+#[map(name = "isthmus_ct")]
+static CT: LruHashMap<CtKey, CtValue> = LruHashMap::pinned(spec::CT.max_entries, spec::CT.flags);
+
+#[map(name = "isthmus_fragments")]
+static FRAGMENTS: LruHashMap<FragmentKey, FragmentValue> =
+    LruHashMap::pinned(spec::FRAGMENTS.max_entries, spec::FRAGMENTS.flags);
+
+/// Not pinned: nobody else has business there.
+#[map(name = "isthmus_work")]
+static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
 
 #[map(name = "isthmus_metrics")]
 static METRICS: PerCpuArray<MetricsValue> =
@@ -95,4 +109,49 @@ pub fn config() -> Option<&'static NodeConfig> {
 #[inline(always)]
 pub fn metric(index: u32) -> Option<*mut MetricsValue> {
     METRICS.get_ptr_mut(index)
+}
+
+/// The entry of a translated flow, to read and to keep up to date.
+#[inline(always)]
+pub fn flow(key: &CtKey) -> Option<*mut CtValue> {
+    CT.get_ptr_mut(key)
+}
+
+/// Writes an entry of a translated flow. Fails when the kernel has no memory for it.
+#[inline(always)]
+pub fn put_flow(key: &CtKey, value: &CtValue) -> Result<(), i32> {
+    CT.insert(key, value, 0)
+}
+
+/// Removes an entry of a translated flow; it may be absent.
+#[inline(always)]
+pub fn remove_flow(key: &CtKey) {
+    let _ = CT.remove(key);
+}
+
+/// This CPU's room to work in.
+#[inline(always)]
+pub fn work() -> Result<&'static mut Work, DropReason> {
+    let work = WORK.get_ptr_mut(0).ok_or(DropReason::NotConfigured)?;
+    // SAFETY: any bytes that the programs wrote, and zeros, are valid; no other program has it, see `work`.
+    Ok(unsafe { &mut *work })
+}
+
+/// The ports of a datagram whose first fragment was translated.
+#[inline(always)]
+pub fn fragment(key: &FragmentKey) -> Option<FragmentValue> {
+    // SAFETY: as for `service`; a wrong value after reuse would need the memory to be evicted and filled in between.
+    unsafe { FRAGMENTS.get(key) }.copied()
+}
+
+/// Remembers the ports of a datagram.
+#[inline(always)]
+pub fn remember_fragment(key: &FragmentKey, value: &FragmentValue) {
+    let _ = FRAGMENTS.insert(key, value, 0);
+}
+
+/// Whether the agent wants the bits of [`isthmus_bpf_abi::feature`].
+#[inline(always)]
+pub fn has_feature(bits: u32) -> bool {
+    config().is_some_and(|config| config.features & bits == bits)
 }

@@ -32,13 +32,14 @@ fn isthmus_to_overlay(ctx: TcContext) -> i32 {
 
 #[inline(always)]
 fn decide(ctx: &TcContext) -> Result<(), DropReason> {
-    let Frame::Ip(packet) = parse(ctx)? else {
+    let work = tables::work()?;
+    if parse(ctx, &mut work.packet)? == Frame::Arp {
         return Err(DropReason::UnsupportedProtocol);
-    };
-    let Route::Tunnel(entry) = overlay::route(tables::ipcache(&packet.destination))? else {
+    }
+    let Route::Tunnel(entry) = overlay::route(tables::ipcache(&work.packet.destination))? else {
         return Err(DropReason::NoTunnelEndpoint);
     };
-    overlay::encapsulate(ctx, identity(&packet.source), &entry)
+    overlay::encapsulate(ctx, identity(&work.packet.source), &entry)
 }
 
 /// A pod's identity if the stack forwards for one, else the node's.

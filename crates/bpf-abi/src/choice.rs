@@ -59,7 +59,7 @@ pub mod affinity_kind {
 }
 
 /// Key of `isthmus_affinity`.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[cfg_attr(
     feature = "user",

@@ -10,7 +10,7 @@
 use crate::{Address, PROTO_TCP, is_ipv4_mapped};
 
 /// Key of `isthmus_ct`: a packet's addresses and ports as the program meets them.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[cfg_attr(
     feature = "user",
@@ -55,7 +55,7 @@ pub mod ct_state {
 }
 
 /// Value of `isthmus_ct`.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[cfg_attr(
     feature = "user",
@@ -80,7 +80,7 @@ pub struct CtValue {
 const _: () = assert!(size_of::<CtValue>() == 32);
 
 /// Key of `isthmus_fragments`: what the fragments of one datagram share.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[cfg_attr(
     feature = "user",
@@ -151,46 +151,39 @@ pub const CT_SECONDS_TCP_CLOSING: u32 = 10;
 /// Seconds that other flows may be silent.
 pub const CT_SECONDS_OTHER: u32 = 60;
 
-/// The other entry of a flow: from a forward entry the reverse one, and back.
+/// Writes the other entry of a flow: from a forward entry the reverse one, and back. In place, since a BPF program has no
+/// room on its stack for more copies.
 #[inline(always)]
-pub const fn ct_pair(key: &CtKey, value: &CtValue) -> (CtKey, CtValue) {
+pub const fn ct_pair(key: &CtKey, value: &CtValue, pair_key: &mut CtKey, pair: &mut CtValue) {
+    pair_key.proto = key.proto;
+    pair_key.pad = [0; 3];
+    pair.state = value.state;
+    pair.last_seen = value.last_seen;
+    pair.backend_id = value.backend_id;
+    pair.service_id = value.service_id;
+    pair.flags = value.flags ^ ct_flag::REVERSE;
     let hairpin = value.flags & ct_flag::HAIRPIN != 0;
-    let (source, destination) = if value.flags & ct_flag::REVERSE == 0 {
-        let client = if hairpin {
-            loopback_of(&key.source)
-        } else {
-            key.source
-        };
-        (value.nat_address, client)
+    if value.flags & ct_flag::REVERSE == 0 {
+        pair_key.source = value.nat_address;
+        pair_key.source_port = value.nat_port;
+        pair_key.destination = key.source;
+        pair_key.destination_port = key.source_port;
+        pair.nat_address = key.destination;
+        pair.nat_port = key.destination_port;
+        if hairpin {
+            pair_key.destination = loopback_of(&key.source);
+        }
     } else {
-        let client = if hairpin { key.source } else { key.destination };
-        (client, value.nat_address)
-    };
-    let (source_port, destination_port, nat_address, nat_port) = if value.flags & ct_flag::REVERSE == 0 {
-        (
-            value.nat_port,
-            key.source_port,
-            key.destination,
-            key.destination_port,
-        )
-    } else {
-        (key.destination_port, value.nat_port, key.source, key.source_port)
-    };
-    let pair = CtKey {
-        source,
-        destination,
-        source_port,
-        destination_port,
-        proto: key.proto,
-        pad: [0; 3],
-    };
-    let value = CtValue {
-        nat_address,
-        nat_port,
-        flags: value.flags ^ ct_flag::REVERSE,
-        ..*value
-    };
-    (pair, value)
+        pair_key.source = key.destination;
+        pair_key.source_port = key.destination_port;
+        pair_key.destination = value.nat_address;
+        pair_key.destination_port = value.nat_port;
+        pair.nat_address = key.source;
+        pair.nat_port = key.source_port;
+        if hairpin {
+            pair_key.source = key.source;
+        }
+    }
 }
 
 /// State and flags after a packet that the entry with `state` and `flags` is for; `tcp_flags` is 0 for other protocols.

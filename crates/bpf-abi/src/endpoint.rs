@@ -3,7 +3,7 @@
 use crate::Address;
 
 /// Key of `isthmus_endpoints`. An endpoint with two addresses has two entries.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[cfg_attr(
     feature = "user",

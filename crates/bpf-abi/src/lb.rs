@@ -16,7 +16,7 @@ pub const SCOPE_INTERNAL: u8 = 1;
 pub const SELECT_TRIES_MAX: u32 = 8;
 
 /// Key of `isthmus_services`.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[cfg_attr(
     feature = "user",
@@ -157,7 +157,7 @@ pub mod backend_state {
 }
 
 /// Value of `isthmus_backends`.
-#[repr(C)]
+#[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 #[cfg_attr(
     feature = "user",

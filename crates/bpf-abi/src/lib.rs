@@ -6,6 +6,7 @@
 //! Invariants:
 //! - No layout has hidden padding: padding is a named field that constructors zero, since a hash map compares every
 //!   byte of a key. With feature `user` the zerocopy derives prove it; without, the size assertions do.
+//! - Keys and values that programs copy are aligned to 8, so that an address moves in two loads and not in sixteen.
 //! - Addresses are 16 bytes in network order, IPv4 as `::ffff:a.b.c.d` ([`Address`]), so that both families go
 //!   through one map and one code path; the ipcache key alone follows Cilium's own form, see [`IpcacheKey`].
 //! - Ports are two bytes in network order; every other number is in host order.

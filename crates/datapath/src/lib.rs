@@ -48,6 +48,9 @@ pub struct DatapathConfig {
     pub bpf_root: PathBuf,
     /// Processes below this cgroup reach services; nothing: the first cgroup v2 mount.
     pub cgroup_root: Option<PathBuf>,
+    /// Translate at the socket (once for each connection) what processes below that cgroup send to services. Without,
+    /// packets of pods are translated one by one, and processes of the node itself do not reach services.
+    pub socket_lb: bool,
 }
 
 /// The datapath cannot be opened.
@@ -89,12 +92,15 @@ pub struct Datapath {
 }
 
 impl Datapath {
-    /// Checks the machine, makes or takes over maps and programs, and attaches the socket hooks. Links to devices that
+    /// Checks the machine, makes or takes over maps and programs, and attaches the socket hooks if they are wanted. Links to devices that
     /// are there already get this build's programs too; the caller then names the devices that should have them
     /// ([`Self::attach_overlay`], [`Self::attach_endpoint`], [`Self::retain_endpoints`]).
     pub fn open(config: &DatapathConfig) -> Result<Self, OpenError> {
         let kernel = preflight::check()?;
-        let cgroup_root = preflight::cgroup_root(config.cgroup_root.as_deref())?;
+        let cgroup_root = match config.socket_lb {
+            true => Some(preflight::cgroup_root(config.cgroup_root.as_deref())?),
+            false => None,
+        };
         pins::prepare(&config.bpf_root)?;
         let _lock = lock(&config.bpf_root)?;
         let tables = Tables::open_or_create(&config.bpf_root)?;
@@ -105,12 +111,20 @@ impl Datapath {
             programs,
             tcx: kernel >= preflight::KERNEL_TCX,
         };
-        links::attach_socket_hooks(&datapath.programs, &datapath.bpf_root, &cgroup_root)?;
+        match cgroup_root {
+            Some(cgroup) => links::attach_socket_hooks(&datapath.programs, &datapath.bpf_root, &cgroup)?,
+            None => links::detach_socket_hooks(&datapath.bpf_root)?,
+        }
         datapath.update_device_links()?;
         if let Err(error) = datapath.programs.remove_others(&datapath.bpf_root) {
             tracing::warn!(%error, "programs of an older version stay pinned");
         }
         Ok(datapath)
+    }
+
+    /// Where everything is pinned.
+    pub fn bpf_root(&self) -> &Path {
+        &self.bpf_root
     }
 
     /// The maps.
@@ -137,19 +151,29 @@ impl Datapath {
         Ok(())
     }
 
-    /// Attaches the endpoint's hook to the host's side of its veth pair.
+    /// Attaches the endpoint's hooks to the host's side of its veth pair. Returns what that came to for packets of the pod.
     pub fn attach_endpoint(&self, ifindex: u32) -> Result<Attached, AttachError> {
-        self.attach(PacketHook::FromContainer, ifindex)
+        let mut attached = Attached::Unchanged;
+        for hook in PacketHook::OF_ENDPOINT {
+            attached = self.attach(hook, ifindex)?;
+        }
+        Ok(attached)
     }
 
-    /// Detaches it; the device may be gone.
+    /// Detaches them; the device may be gone.
     pub fn detach_endpoint(&self, ifindex: u32) -> Result<(), AttachError> {
-        links::detach_packet_hook(&self.bpf_root, PacketHook::FromContainer, ifindex)
+        for hook in PacketHook::OF_ENDPOINT {
+            links::detach_packet_hook(&self.bpf_root, hook, ifindex)?;
+        }
+        Ok(())
     }
 
     /// Detaches the hooks of all endpoints but these: what a former agent left behind.
     pub fn retain_endpoints(&self, ifindexes: &[u32]) -> Result<(), AttachError> {
-        self.retain(PacketHook::FromContainer, ifindexes)
+        for hook in PacketHook::OF_ENDPOINT {
+            self.retain(hook, ifindexes)?;
+        }
+        Ok(())
     }
 
     /// Runs a packet program on `packet` (an Ethernet frame) as if it came through device `ifindex` of the calling

@@ -113,6 +113,14 @@ pub fn attach_socket_hooks(
     Ok(())
 }
 
+/// Detaches all socket hooks; they may be absent.
+pub fn detach_socket_hooks(bpf_root: &Path) -> Result<(), AttachError> {
+    for hook in SOCKET_HOOKS {
+        detach_link(&pins::links_dir(bpf_root).join(hook.name))?;
+    }
+    Ok(())
+}
+
 /// Attaches a packet hook to a device of the calling thread's network namespace. `tcx` says whether the kernel has
 /// links to devices.
 pub fn attach_packet_hook(

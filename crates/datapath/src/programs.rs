@@ -73,11 +73,20 @@ pub enum PacketHook {
     FromOverlay,
     /// Egress of the VXLAN device.
     ToOverlay,
+    /// Egress of the host's side of a pod's veth pair.
+    ToContainer,
 }
 
 impl PacketHook {
     /// All packet hooks.
-    pub const ALL: [Self; 3] = [Self::FromContainer, Self::FromOverlay, Self::ToOverlay];
+    pub const ALL: [Self; 4] = [
+        Self::FromContainer,
+        Self::FromOverlay,
+        Self::ToOverlay,
+        Self::ToContainer,
+    ];
+    /// Those of a pod's device. In this order they are attached: first what translates answers back.
+    pub const OF_ENDPOINT: [Self; 2] = [Self::ToContainer, Self::FromContainer];
 
     /// Program, and first part of the link's name.
     pub const fn name(self) -> &'static str {
@@ -85,12 +94,13 @@ impl PacketHook {
             Self::FromContainer => "isthmus_from_container",
             Self::FromOverlay => "isthmus_from_overlay",
             Self::ToOverlay => "isthmus_to_overlay",
+            Self::ToContainer => "isthmus_to_container",
         }
     }
 
     /// Whether it sees packets that leave through the device.
     pub const fn is_egress(self) -> bool {
-        matches!(self, Self::ToOverlay)
+        matches!(self, Self::ToOverlay | Self::ToContainer)
     }
 }
 

@@ -5,8 +5,9 @@
 use std::path::Path;
 
 use isthmus_bpf_abi::{
-    Backend, BackendKey, CONFIG_INDEX, Direction, DropReason, Endpoint, EndpointKey, IpcacheKey,
-    IpcacheValue, MetricsValue, NodeConfig, ReverseSkKey, ReverseSkValue, ServiceKey, ServiceValue,
+    Backend, BackendKey, CONFIG_INDEX, CtKey, CtValue, Direction, DropReason, Endpoint, EndpointKey,
+    FragmentKey, FragmentValue, IpcacheKey, IpcacheValue, MetricsValue, NodeConfig, ReverseSkKey,
+    ReverseSkValue, ServiceKey, ServiceValue,
     maps::{self, MapSpec},
     metric_index,
 };
@@ -29,6 +30,10 @@ pub struct Tables {
     pub ipcache: Map<IpcacheKey, IpcacheValue>,
     /// Local endpoints by address.
     pub endpoints: Map<EndpointKey, Endpoint>,
+    /// Translated flows, two entries each; written by the programs.
+    pub ct: Map<CtKey, CtValue>,
+    /// Ports of fragmented datagrams; written by the programs.
+    pub fragments: Map<FragmentKey, FragmentValue>,
     /// Packet counters; written by the programs.
     pub metrics: Map<u32, MetricsValue>,
     /// The node's configuration.
@@ -56,6 +61,8 @@ impl Tables {
             reverse_sk: create(&dir, &maps::REVERSE_SK)?,
             ipcache: create(&dir, &maps::IPCACHE)?,
             endpoints: create(&dir, &maps::ENDPOINTS)?,
+            ct: create(&dir, &maps::CT)?,
+            fragments: create(&dir, &maps::FRAGMENTS)?,
             metrics: create(&dir, &maps::METRICS)?,
             config: create(&dir, &maps::CONFIG)?,
         })
@@ -70,6 +77,8 @@ impl Tables {
             reverse_sk: open(&dir, &maps::REVERSE_SK)?,
             ipcache: open(&dir, &maps::IPCACHE)?,
             endpoints: open(&dir, &maps::ENDPOINTS)?,
+            ct: open(&dir, &maps::CT)?,
+            fragments: open(&dir, &maps::FRAGMENTS)?,
             metrics: open(&dir, &maps::METRICS)?,
             config: open(&dir, &maps::CONFIG)?,
         })
@@ -83,6 +92,8 @@ impl Tables {
             reverse_sk: Map::create(&maps::REVERSE_SK)?,
             ipcache: Map::create(&maps::IPCACHE)?,
             endpoints: Map::create(&maps::ENDPOINTS)?,
+            ct: Map::create(&maps::CT)?,
+            fragments: Map::create(&maps::FRAGMENTS)?,
             metrics: Map::create(&maps::METRICS)?,
             config: Map::create(&maps::CONFIG)?,
         })

@@ -8,7 +8,7 @@ use crate::{
     device::{self, DeviceError},
     links::{self, AttachError},
     pins,
-    programs::{PacketHook, SOCKET_HOOKS, remove_folder},
+    programs::{PacketHook, remove_folder},
     routes::{self, RouteError},
 };
 
@@ -47,10 +47,11 @@ pub fn remove_bpf(bpf_root: &Path) -> Vec<TeardownError> {
             );
         }
     }
-    for hook in SOCKET_HOOKS {
-        let pin = pins::links_dir(bpf_root).join(hook.name);
-        errors.extend(links::detach_link(&pin).err().map(TeardownError::from));
-    }
+    errors.extend(
+        links::detach_socket_hooks(bpf_root)
+            .err()
+            .map(TeardownError::from),
+    );
     let programs = pins::programs_dir(bpf_root);
     let objects = pins::names(&programs)
         .unwrap_or_default()

@@ -125,6 +125,7 @@ impl Node {
             PacketHook::FromContainer => Direction::FromContainer,
             PacketHook::FromOverlay => Direction::FromOverlay,
             PacketHook::ToOverlay => Direction::ToOverlay,
+            PacketHook::ToContainer => Direction::ToContainer,
         };
         let before = self.datapath.tables().counter(reason, direction).unwrap();
         let (got, out) = self.simulate(hook, frame);

@@ -35,6 +35,8 @@ pub struct Lab {
     bpf_roots: Vec<PathBuf>,
     cgroup: PathBuf,
     former_cgroup: PathBuf,
+    /// Whether datapaths have the socket hooks.
+    pub socket_lb: bool,
     _lock: MutexGuard<'static, ()>,
 }
 
@@ -60,6 +62,7 @@ impl Lab {
             id,
             namespaces: Vec::new(),
             bpf_roots: Vec::new(),
+            socket_lb: true,
             _lock: lock,
         };
         fs::create_dir(&lab.cgroup).expect("creating a cgroup");
@@ -84,6 +87,7 @@ impl Lab {
         DatapathConfig {
             bpf_root,
             cgroup_root: Some(self.cgroup.clone()),
+            socket_lb: self.socket_lb,
         }
     }
 

@@ -2,11 +2,12 @@
 //!
 //! Node n (1 or 2): underlay 192.0.2.n and 2001:db8::n; pods 10.n.0.5 and 10.n.0.6, fdn::5 and fdn::6; router IPs
 //! 10.n.0.1 and fdn::1. Identities are n * 65536 + 5 or 6.
+#![allow(dead_code, reason = "each test target uses some of it")]
 
 use std::{collections::BTreeSet, net::IpAddr};
 
 use isthmus_bpf_abi::{
-    Endpoint, EndpointKey, IDENTITY_REMOTE_NODE, IpcacheKey, IpcacheValue, NodeConfig, ipcache_flag,
+    Endpoint, EndpointKey, IDENTITY_REMOTE_NODE, IpcacheKey, IpcacheValue, NodeConfig, feature, ipcache_flag,
 };
 use isthmus_datapath::{
     Datapath, MapOp,
@@ -110,6 +111,7 @@ fn node(lab: &mut Lab, number: u8, namespace: String, underlay: &str) -> Node {
             vxlan_ifindex,
             node_identity: IDENTITY_REMOTE_NODE,
             cluster_id: number.into(),
+            features: feature::SOURCE_CHECK | feature::PACKET_LB,
             ..NodeConfig::default()
         })
         .expect("configuration");

@@ -1,0 +1,103 @@
+//! Conntrack of translated flows: finding, making and keeping alive the two entries of a flow.
+
+use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
+use isthmus_bpf_abi::{CtValue, DropReason, ct_is_expired, ct_pair, ct_state, ct_step};
+
+use crate::{tables, work::Work};
+
+const NANOSECONDS: u64 = 1_000_000_000;
+
+/// Seconds of the monotonic clock.
+#[inline(always)]
+pub fn now() -> u32 {
+    // SAFETY: no arguments, no memory.
+    (unsafe { bpf_ktime_get_coarse_ns() } / NANOSECONDS) as u32
+}
+
+/// Writes both entries of the new flow in `work`: first the way back, so that no answer finds it missing.
+#[inline(never)]
+pub fn create(work: &mut Work) -> Result<(), DropReason> {
+    ct_pair(&work.tuple, &work.flow, &mut work.pair_key, &mut work.pair);
+    tables::put_flow(&work.pair_key, &work.pair).map_err(|_| DropReason::CtFull)?;
+    tables::put_flow(&work.tuple, &work.flow).map_err(|_| DropReason::CtFull)
+}
+
+/// Removes both entries of the flow in `work`, as they are for packets to the frontend.
+#[inline(never)]
+pub fn remove(work: &mut Work) -> u32 {
+    ct_pair(&work.tuple, &work.flow, &mut work.pair_key, &mut work.pair);
+    tables::remove_flow(&work.tuple);
+    if let Some(other) = tables::flow(&work.pair_key) {
+        // SAFETY: see `touch`.
+        if is_same(unsafe { &*other }, &work.pair) {
+            tables::remove_flow(&work.pair_key);
+        }
+    }
+    0
+}
+
+/// Notes a packet of the flow in `work`, whose entry this is. The other entry hears of it when there is news, and once a
+/// second: that keeps both alive, or brings back one that was evicted.
+#[inline(always)]
+pub fn touch(work: &mut Work, entry: *mut CtValue, tcp_flags: u8) {
+    let now = now();
+    let flow = &mut work.flow;
+    let (state, flags) = ct_step(work.tuple.proto, flow.state, flow.flags, tcp_flags);
+    if state == flow.state && flags == flow.flags && now == flow.last_seen {
+        return;
+    }
+    flow.state = state;
+    flow.flags = flags;
+    flow.last_seen = now;
+    // SAFETY: the kernel gave a pointer to a value that lives until the program ends. Programs on other CPUs write it
+    // too, whole fields at a time, and each of them writes what it saw last: a lost update is repaired by the next packet.
+    unsafe {
+        (*entry).state = state;
+        (*entry).flags = flags;
+        (*entry).last_seen = now;
+    }
+    refresh_pair(work);
+}
+
+#[inline(never)]
+fn refresh_pair(work: &mut Work) -> u32 {
+    ct_pair(&work.tuple, &work.flow, &mut work.pair_key, &mut work.pair);
+    match tables::flow(&work.pair_key) {
+        // SAFETY: as in `touch`.
+        Some(other) => unsafe {
+            // Else the client has begun another flow with these ports, which owns the entry now.
+            if is_same(&*other, &work.pair) {
+                (*other).state = work.pair.state;
+                (*other).flags = work.pair.flags;
+                (*other).last_seen = work.pair.last_seen;
+            }
+        },
+        // Without memory for it the next second tries again.
+        None => drop(tables::put_flow(&work.pair_key, &work.pair)),
+    }
+    0
+}
+
+/// Whether the new flow in `work` would take the way back from another flow, which goes through another frontend. A pod's
+/// flow to itself has the loopback address there and meets none but its like.
+#[inline(always)]
+pub fn collides(work: &mut Work) -> bool {
+    work.pair_key.source = work.flow.nat_address;
+    work.pair_key.source_port = work.flow.nat_port;
+    work.pair_key.destination = work.tuple.source;
+    work.pair_key.destination_port = work.tuple.source_port;
+    work.pair_key.proto = work.tuple.proto;
+    let Some(other) = tables::flow(&work.pair_key) else {
+        return false;
+    };
+    // SAFETY: as in `touch`.
+    let other = unsafe { &*other };
+    let same = other.nat_address == work.tuple.destination && other.nat_port == work.tuple.destination_port;
+    !same && other.state != ct_state::CLOSING && !ct_is_expired(&work.pair_key, other, work.flow.last_seen)
+}
+
+/// Whether two entries translate alike.
+#[inline(always)]
+fn is_same(a: &CtValue, b: &CtValue) -> bool {
+    a.nat_address == b.nat_address && a.nat_port == b.nat_port
+}

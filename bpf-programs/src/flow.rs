@@ -1,0 +1,245 @@
+//! Load balancing of packets: to a backend of the frontend they name, and back.
+//!
+//! For packets that no socket hook has translated: of pods without the hooks, raw and forwarded ones. A packet to a
+//! frontend goes to the backend that its flow has; a new flow, or one whose backend is gone, gets one. A backend in the
+//! tables keeps its flows, whatever its state: only new ones avoid it.
+
+use aya_ebpf::programs::TcContext;
+use isthmus_bpf_abi::{
+    Address, Backend, CtKey, CtValue, DropReason, LOOPBACK_IPV4, LOOPBACK_IPV6, PROTO_TCP, PROTO_UDP,
+    SCOPE_EXTERNAL, ServiceKey, TCP_ACK, TCP_SYN, backend_state, ct_flag, ct_state, ct_step, feature,
+    is_ipv4_mapped, loopback_of, tuple_hash,
+};
+
+use crate::{
+    ct, icmp, l4,
+    nat::{Side, rewrite},
+    select::{Selection, select},
+    tables,
+    work::Work,
+};
+
+/// Whether the agent wants packets translated.
+#[inline(always)]
+pub fn enabled() -> bool {
+    tables::has_feature(feature::PACKET_LB)
+}
+
+/// A packet of a pod: sends it to a backend if it is for a frontend. `work.packet.outcome` says what became of it; if that is a
+/// drop, its frontend leads nowhere and the sender should hear of it.
+///
+/// A function of its own in the object, like all that are not inlined here: the stack of one holds no more.
+#[inline(never)]
+pub fn forward(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
+    if icmp::is_error(ctx, &work.packet) {
+        return icmp::forward(ctx, work);
+    }
+    if !l4::tuple(ctx, &work.packet, &mut work.tuple)? {
+        return Ok(());
+    }
+    if work.packet.destination == LOOPBACK_IPV4 || work.packet.destination == LOOPBACK_IPV6 {
+        return answer_to_itself(ctx, work);
+    }
+    if tables::service(&frontend(&work.tuple)).is_none() {
+        return Ok(());
+    }
+    let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;
+    if let Err(reason) = find_backend(work, tcp_flags) {
+        work.packet.outcome = reason;
+        return Ok(());
+    }
+    l4::remember_fragment(&work.packet, &work.tuple);
+    work.change.set(
+        Side::Destination,
+        (&work.tuple.destination, work.tuple.destination_port),
+        (&work.flow.nat_address, work.flow.nat_port),
+    );
+    rewrite(ctx, &work.packet, &work.change)?;
+    work.packet.destination = work.flow.nat_address;
+    if work.flow.flags & ct_flag::HAIRPIN != 0 {
+        let loopback = loopback_of(&work.packet.source);
+        replace_address(ctx, work, Side::Source, &loopback)?;
+        work.packet.source = loopback;
+    }
+    work.packet.outcome = DropReason::Translated;
+    Ok(())
+}
+
+/// A packet on its way to a pod: if a backend sent it, the frontend that the pod asked seems to have;
+/// `work.packet.outcome` says so.
+#[inline(never)]
+pub fn backward(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
+    if icmp::is_error(ctx, &work.packet) {
+        return icmp::backward(ctx, work);
+    }
+    if !l4::tuple(ctx, &work.packet, &mut work.tuple)? {
+        return Ok(());
+    }
+    let Some(entry) = tables::flow(&work.tuple) else {
+        return Ok(());
+    };
+    // SAFETY: see `ct::touch`.
+    work.flow = unsafe { *entry };
+    // A packet with the loopback address never comes from another device than the pod's own.
+    if work.flow.flags & (ct_flag::REVERSE | ct_flag::HAIRPIN) != ct_flag::REVERSE {
+        return Ok(());
+    }
+    come_back(ctx, work, entry)
+}
+
+/// A pod that is its own backend answers: from the frontend, to itself.
+#[inline(always)]
+fn answer_to_itself(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
+    let entry = tables::flow(&work.tuple).ok_or(DropReason::LoopbackUnknown)?;
+    // SAFETY: see `ct::touch`.
+    work.flow = unsafe { *entry };
+    if work.flow.flags & ct_flag::REVERSE == 0 {
+        return Err(DropReason::LoopbackUnknown);
+    }
+    come_back(ctx, work, entry)?;
+    let itself = work.packet.source;
+    replace_address(ctx, work, Side::Destination, &itself)?;
+    work.packet.destination = itself;
+    Ok(())
+}
+
+/// Lets a backend's packet seem to come from the frontend.
+#[inline(always)]
+fn come_back(ctx: &TcContext, work: &mut Work, entry: *mut CtValue) -> Result<(), DropReason> {
+    let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;
+    ct::touch(work, entry, tcp_flags);
+    l4::remember_fragment(&work.packet, &work.tuple);
+    work.change.set(
+        Side::Source,
+        (&work.tuple.source, work.tuple.source_port),
+        (&work.flow.nat_address, work.flow.nat_port),
+    );
+    work.packet.outcome = DropReason::Translated;
+    rewrite(ctx, &work.packet, &work.change)
+}
+
+#[inline(always)]
+fn replace_address(ctx: &TcContext, work: &mut Work, side: Side, new: &Address) -> Result<(), DropReason> {
+    let old = match side {
+        Side::Source => &work.packet.source,
+        Side::Destination => &work.packet.destination,
+    };
+    work.change.set_address(side, old, new);
+    rewrite(ctx, &work.packet, &work.change)
+}
+
+/// Fills in where the flow goes. The error says why nowhere.
+#[inline(never)]
+fn find_backend(work: &mut Work, tcp_flags: u8) -> Result<(), DropReason> {
+    if let Some(entry) = tables::flow(&work.tuple) {
+        // SAFETY: see `ct::touch`.
+        work.flow = unsafe { *entry };
+        match standing(&work.flow, work.tuple.proto, tcp_flags) {
+            Standing::Stays => {
+                ct::touch(work, entry, tcp_flags);
+                return Ok(());
+            }
+            Standing::Over => {
+                ct::remove(work);
+                return Err(DropReason::BackendGone);
+            }
+            Standing::MovesOn => {
+                ct::remove(work);
+            }
+        }
+    }
+    work.flow.state = ct_state::OPENING;
+    work.flow.last_seen = ct::now();
+    choose(work)?;
+    (work.flow.state, work.flow.flags) =
+        ct_step(work.tuple.proto, work.flow.state, work.flow.flags, tcp_flags);
+    ct::create(work)
+}
+
+enum Standing {
+    /// The flow goes on as it was.
+    Stays,
+    /// It gets another backend.
+    MovesOn,
+    /// It cannot go on.
+    Over,
+}
+
+/// What a known flow comes to when its next packet to the frontend arrives.
+#[inline(always)]
+fn standing(known: &CtValue, proto: u8, tcp_flags: u8) -> Standing {
+    let is_new = proto == PROTO_TCP && tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN;
+    match tables::backend(known.backend_id) {
+        Some(backend) if backend.address == known.nat_address && backend.port == known.nat_port => {
+            if is_new && backend.state != backend_state::ACTIVE {
+                Standing::MovesOn
+            } else {
+                Standing::Stays
+            }
+        }
+        // Another backend knows nothing of this connection.
+        _ if proto == PROTO_TCP && !is_new => Standing::Over,
+        _ => Standing::MovesOn,
+    }
+}
+
+/// Chooses a backend for a new flow. Not by chance but by the flow's own number: should its entry be evicted, it finds the
+/// same backend again for as long as the service does not change.
+#[inline(always)]
+fn choose(work: &mut Work) -> Result<(), DropReason> {
+    match choose_among(work, false) {
+        // Of two conversations between the same sockets the newer one has the answers.
+        Err(DropReason::TupleInUse) if work.tuple.proto == PROTO_UDP => choose_among(work, true),
+        result => result,
+    }
+}
+
+/// Chooses among the backends to which the client's ports are free, or among all.
+#[inline(never)]
+fn choose_among(work: &mut Work, all: bool) -> Result<(), DropReason> {
+    let key = frontend(&work.tuple);
+    let number = tuple_hash(&work.tuple);
+    let ipv4 = is_ipv4_mapped(&work.tuple.destination);
+    let found = select(
+        &key,
+        || number,
+        |backend_id, backend: &Backend| {
+            if is_ipv4_mapped(&backend.address) != ipv4 {
+                return Err(DropReason::FamilyMismatch);
+            }
+            work.flow.nat_address = backend.address;
+            work.flow.nat_port = backend.port;
+            work.flow.backend_id = backend_id;
+            if !all && ct::collides(work) {
+                return Err(DropReason::TupleInUse);
+            }
+            Ok(())
+        },
+    );
+    match found {
+        Selection::Backend { service_id, .. } => {
+            work.flow.service_id = service_id;
+            work.flow.flags = if work.flow.nat_address == work.tuple.source {
+                ct_flag::HAIRPIN
+            } else {
+                0
+            };
+            Ok(())
+        }
+        Selection::Nowhere(reason) => Err(reason),
+        // It was one a moment ago.
+        Selection::NotAService => Err(DropReason::BackendGone),
+    }
+}
+
+#[inline(always)]
+fn frontend(tuple: &CtKey) -> ServiceKey {
+    ServiceKey {
+        address: tuple.destination,
+        port: tuple.destination_port,
+        slot: 0,
+        proto: tuple.proto,
+        scope: SCOPE_EXTERNAL,
+        pad: [0; 2],
+    }
+}
