@@ -22,7 +22,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use isthmus_kvstore::{EtcdConfig, Options, Update, follow};
+use isthmus_kvstore::{EtcdConfig, Options, Pace, Update, follow};
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
 use isthmus_runtime::{CancellationToken, Health};
 use isthmus_wire::{keys::REMOTE_STATUS, status::RemoteStatus};
@@ -49,6 +49,14 @@ const MISSES_MAX: u32 = 2;
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// Updates taken in one go.
 const BATCH_MAX: usize = 64;
+
+/// Delay after the first failed connection to a remote cluster. Long enough for 250 clusters whose upstream went away at the
+/// same moment not to come back in the same one; it doubles with each more.
+const RETRY_BASE: Duration = Duration::from_secs(1);
+/// Connections to remote clusters that may begin at once, and the time in which one more may.
+const CONNECTS: (u32, Duration) = (25, Duration::from_millis(4));
+/// Lists of a remote cluster that may begin at once (each connection has a handful of feeds), and the time in which one more may.
+const LISTS: (u32, Duration) = (64, Duration::from_secs(2));
 
 /// What the mirror needs to know.
 #[derive(Clone, Debug)]
@@ -112,6 +120,9 @@ pub async fn run(
     shutdown: CancellationToken,
 ) {
     let mut looked = Some(looked);
+    let mut config = config;
+    config.connection.retry_base = config.connection.retry_base.max(RETRY_BASE);
+    config.connection.connects = Some(Pace::new(CONNECTS.0, CONNECTS.1));
     let board = Board::default();
     let standings = board.subscribe();
     let mut mirror = Mirror {
@@ -309,7 +320,10 @@ impl Mirror {
             shared: self.shared.clone(),
             ids: self.ids.clone(),
             metrics: self.metrics.clone(),
-            connection: self.config.connection.clone(),
+            connection: Options {
+                lists: Some(Pace::new(LISTS.0, LISTS.1)),
+                ..self.config.connection.clone()
+            },
             removed: removed.clone(),
             shutdown: self.shutdown.clone(),
         };

@@ -20,7 +20,10 @@ use tokio_rustls::TlsConnector;
 use tonic::transport::Channel;
 use tower::service_fn;
 
-use crate::config::{Endpoint, EtcdConfig};
+use crate::{
+    config::{Endpoint, EtcdConfig},
+    pace::Pace,
+};
 
 /// Timeouts and limits of a connection.
 #[derive(Clone, Debug)]
@@ -44,6 +47,10 @@ pub struct Options {
     pub retry_cap: Duration,
     /// Updates that wait for a slow consumer; then reading stops.
     pub queue_len_max: usize,
+    /// When connections may begin; shared by all that should not begin together.
+    pub connects: Option<Pace>,
+    /// When lists from their beginning may begin; of one upstream.
+    pub lists: Option<Pace>,
 }
 
 impl Default for Options {
@@ -58,6 +65,8 @@ impl Default for Options {
             retry_base: Duration::from_millis(50),
             retry_cap: Duration::from_secs(30),
             queue_len_max: 64,
+            connects: None,
+            lists: None,
         }
     }
 }

@@ -177,6 +177,12 @@ async fn run(
     let mut backoff = Backoff::new(options.retry_base, options.retry_cap);
     let mut tokens = 0;
     loop {
+        if let Some(pace) = &options.connects {
+            tokio::select! {
+                () = tokio::time::sleep(pace.take()) => {}
+                () = sink.closed() => return,
+            }
+        }
         let error = match Client::connect_to(owner, &config, &options).await {
             Err(error) => chain(&error),
             Ok(client) => {

@@ -283,6 +283,10 @@ impl<'a> Session<'a> {
         let Some(followed) = self.followed.get(name) else {
             return;
         };
+        let delay = match (&self.options.lists, &call) {
+            (Some(pace), Call::List { revision: 0, .. }) => delay.max(pace.take()),
+            _ => delay,
+        };
         let feed = followed.follower.feed().clone();
         let client = self.client.clone();
         let asked = Asked {
