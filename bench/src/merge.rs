@@ -326,6 +326,7 @@ fn frame(id: u16, number: u16) -> Result<ServiceFrame> {
         shared: true,
         affinity: Affinity::None,
         session_affinity: SessionAffinity::None,
+        traffic: Default::default(),
         labels: BTreeMap::new(),
         selector: BTreeMap::new(),
     })

@@ -70,6 +70,7 @@ fn frame(cluster: &str) -> ServiceFrame {
         shared: true,
         affinity: Affinity::None,
         session_affinity: SessionAffinity::None,
+        traffic: Default::default(),
         labels: BTreeMap::new(),
         selector: BTreeMap::new(),
     }

@@ -85,6 +85,7 @@ pub fn cluster(lab: &Lab, cluster: &str) {
         shared: true,
         affinity: Affinity::Local,
         session_affinity: SessionAffinity::None,
+        traffic: Default::default(),
         labels: Default::default(),
         selector: Default::default(),
     };

@@ -153,6 +153,7 @@ impl Cluster {
             shared: true,
             affinity: Default::default(),
             session_affinity: Default::default(),
+            traffic: Default::default(),
             labels: BTreeMap::new(),
             selector: BTreeMap::new(),
         };

@@ -4,10 +4,13 @@
 //! its value; `true` counts in any case and everything else is false; `shared` and `affinity` mean nothing unless the service is
 //! global, and `shared` is true by default then.
 
+mod traffic;
+
 use std::collections::BTreeMap;
 
-use isthmus_model::Affinity;
+use isthmus_model::{Affinity, Algorithm, Preference};
 
+pub use self::traffic::{ALGORITHM, MIN_HEALTHY, SLOW_START, SPILL_OVER, TIERS};
 use crate::{Warning, shorten};
 
 /// Name and alias of the annotation that makes a service global.
@@ -23,7 +26,7 @@ pub const WEIGHT: &str = "service.cilium.io/weight";
 pub type Annotations = BTreeMap<String, String>;
 
 /// What a Service's annotations say.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct ServiceAnnotations {
     /// Uses other clusters' backends.
     pub global: bool,
@@ -31,16 +34,28 @@ pub struct ServiceAnnotations {
     pub shared: bool,
     /// Preference. `None` unless global.
     pub affinity: Affinity,
+    /// Tiers of clusters and what belongs to them.
+    pub preference: Preference,
+    /// How a backend is chosen.
+    pub algorithm: Algorithm,
 }
 
 /// Reads a Service's annotations.
 pub fn service(annotations: Option<&Annotations>, warnings: &mut Vec<Warning>) -> ServiceAnnotations {
     let find = |names| annotations.and_then(|annotations| find(annotations, names));
     let global = find(GLOBAL).is_some_and(|found| flag(found, warnings));
+    let preference = traffic::preference(annotations, global, warnings);
+    let algorithm = traffic::algorithm(annotations, warnings);
     if !global {
-        return ServiceAnnotations::default();
+        return ServiceAnnotations {
+            preference,
+            algorithm,
+            ..Default::default()
+        };
     }
     ServiceAnnotations {
+        preference,
+        algorithm,
         global,
         shared: find(SHARED).is_none_or(|found| flag(found, warnings)),
         affinity: find(AFFINITY)

@@ -2,7 +2,10 @@
 
 use std::net::IpAddr;
 
-use isthmus_model::{Protocol, ServiceFrame, ServiceName, ServicePort, ServiceType, SessionAffinity};
+use ipnet::IpNet;
+use isthmus_model::{
+    Protocol, ServiceFrame, ServiceName, ServicePort, ServiceType, SessionAffinity, Traffic, TrafficPolicy,
+};
 use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 
 use crate::{Cluster, ConvertError, Converted, Warning, annotations, truncate};
@@ -10,6 +13,10 @@ use crate::{Cluster, ConvertError, Converted, Warning, annotations, truncate};
 /// Most addresses of a frame, and most ports, that readers accept.
 const ADDRESSES_MAX: usize = 64;
 const PORTS_MAX: usize = 256;
+/// Most source ranges that readers accept.
+const SOURCE_RANGES_MAX: usize = 1024;
+/// Older form of `spec.loadBalancerSourceRanges`, for when that is empty.
+const SOURCE_RANGES: &str = "service.beta.kubernetes.io/load-balancer-source-ranges";
 /// Kubernetes' default of `clientIP.timeoutSeconds`.
 const CLIENT_IP_SECONDS: u32 = 10_800;
 
@@ -31,12 +38,14 @@ pub fn frame(service: &Service, cluster: &Cluster) -> Result<Converted<ServiceFr
         spec.external_ips.iter().flatten().map(String::as_str),
         &mut warnings,
     );
-    for ip in addresses("loadBalancer.ingress.ip", ingress_ips(service), &mut warnings) {
-        if !external_ips.contains(&ip) {
-            external_ips.push(ip);
+    let mut load_balancer_ips = addresses("loadBalancer.ingress.ip", ingress_ips(service), &mut warnings);
+    for ip in &load_balancer_ips {
+        if !external_ips.contains(ip) {
+            external_ips.push(*ip);
         }
     }
     truncate(&mut external_ips, "externalIPs", ADDRESSES_MAX, &mut warnings);
+    load_balancer_ips.retain(|ip| external_ips.contains(ip));
     let value = ServiceFrame {
         cluster: cluster.name.clone(),
         cluster_id: cluster.id,
@@ -49,6 +58,14 @@ pub fn frame(service: &Service, cluster: &Cluster) -> Result<Converted<ServiceFr
         shared: marks.shared,
         affinity: marks.affinity,
         session_affinity: session_affinity(spec),
+        traffic: Traffic {
+            preference: marks.preference,
+            internal_policy: policy(spec.internal_traffic_policy.as_deref()),
+            external_policy: policy(spec.external_traffic_policy.as_deref()),
+            algorithm: marks.algorithm,
+            load_balancer_ips,
+            source_ranges: source_ranges(service, spec, &mut warnings),
+        },
         labels: service.metadata.labels.clone().unwrap_or_default(),
         selector: spec.selector.clone().unwrap_or_default(),
     };
@@ -142,6 +159,49 @@ fn ports(spec: &ServiceSpec, warnings: &mut Vec<Warning>) -> Vec<ServicePort> {
     ports
 }
 
+fn policy(text: Option<&str>) -> TrafficPolicy {
+    match text {
+        Some("Local") => TrafficPolicy::Local,
+        _ => TrafficPolicy::Cluster,
+    }
+}
+
+/// Ranges that may ask. One that cannot be read is left out, which lets fewer in; if none can be read, nobody may ask: a service
+/// that was meant to be closed must not open.
+fn source_ranges(service: &Service, spec: &ServiceSpec, warnings: &mut Vec<Warning>) -> Vec<IpNet> {
+    let listed = spec.load_balancer_source_ranges.iter().flatten();
+    let mut texts: Vec<&str> = listed.map(String::as_str).collect();
+    if texts.is_empty() {
+        let annotation = service
+            .metadata
+            .annotations
+            .as_ref()
+            .and_then(|annotations| annotations.get(SOURCE_RANGES));
+        texts = annotation.map_or(vec![], |text| text.split(',').collect());
+    }
+    let mut ranges: Vec<IpNet> = vec![];
+    let mut asked = false;
+    for text in texts.into_iter().map(str::trim).filter(|text| !text.is_empty()) {
+        asked = true;
+        match text.parse::<IpNet>().map(|range| range.trunc()) {
+            Ok(range) if !ranges.contains(&range) => ranges.push(range),
+            Ok(_) => {}
+            Err(_) => warnings.push(Warning::field("loadBalancerSourceRanges", text)),
+        }
+    }
+    truncate(
+        &mut ranges,
+        "loadBalancerSourceRanges",
+        SOURCE_RANGES_MAX,
+        warnings,
+    );
+    if asked && ranges.is_empty() {
+        // The least that can be said: an address that no packet has.
+        ranges.push(IpNet::from(IpAddr::from([0, 0, 0, 0])));
+    }
+    ranges
+}
+
 fn session_affinity(spec: &ServiceSpec) -> SessionAffinity {
     if spec.session_affinity.as_deref() != Some("ClientIP") {
         return SessionAffinity::None;
@@ -233,6 +293,14 @@ mod tests {
         assert_eq!(value.cluster_ips.len(), 2);
         let external: Vec<_> = value.external_ips.iter().map(ToString::to_string).collect();
         assert_eq!(external, ["203.0.113.1", "203.0.113.2"]);
+        let balancers: Vec<_> = value
+            .traffic
+            .load_balancer_ips
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(balancers, ["203.0.113.2"]);
+        assert_eq!(value.traffic.external_policy, TrafficPolicy::Cluster);
         assert_eq!((value.ports[0].port, value.ports[0].node_port), (80, 30_080));
         assert_eq!(
             value.session_affinity,
@@ -288,6 +356,49 @@ mod tests {
             (1, 1, 4)
         );
         assert!(frame(&Service::default(), &cluster()).is_err());
+    }
+
+    #[test]
+    fn traffic_policies_and_source_ranges_are_read() {
+        let read = |ranges: &[&str]| {
+            let object = service(ServiceSpec {
+                internal_traffic_policy: Some("Local".into()),
+                external_traffic_policy: Some("Local".into()),
+                load_balancer_source_ranges: Some(ranges.iter().map(|text| (*text).to_owned()).collect()),
+                ..Default::default()
+            });
+            let Converted { value, warnings } = frame(&object, &cluster()).unwrap();
+            assert_eq!(
+                (value.traffic.internal_policy, value.traffic.external_policy),
+                (TrafficPolicy::Local, TrafficPolicy::Local)
+            );
+            let ranges: Vec<_> = value
+                .traffic
+                .source_ranges
+                .iter()
+                .map(ToString::to_string)
+                .collect();
+            (ranges.join(" "), warnings.len())
+        };
+        assert_eq!(read(&[]), (String::new(), 0));
+        assert_eq!(
+            read(&["10.0.0.7/8", " 2001:db8::/32", "10.0.0.0/8"]),
+            ("10.0.0.0/8 2001:db8::/32".into(), 0)
+        );
+        assert_eq!(read(&["10.0.0.0/8", "ten"]), ("10.0.0.0/8".into(), 1));
+        assert_eq!(read(&["ten"]), ("0.0.0.0/32".into(), 1), "closed, not open");
+        let mut object = service(ServiceSpec::default());
+        let annotations = object.metadata.annotations.get_or_insert_default();
+        annotations.insert(SOURCE_RANGES.to_owned(), "10.0.0.0/8,192.0.2.0/24".to_owned());
+        assert_eq!(
+            frame(&object, &cluster())
+                .unwrap()
+                .value
+                .traffic
+                .source_ranges
+                .len(),
+            2
+        );
     }
 
     #[test]

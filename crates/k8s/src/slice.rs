@@ -22,6 +22,8 @@ const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
 const MESH_CONTROLLER: &str = "endpointslice-mesh-controller.cilium.io";
 /// Most ports of a slice that readers accept.
 const PORTS_MAX: usize = 256;
+/// Most zones in an endpoint's hints: Kubernetes' own limit.
+const ZONE_HINTS_MAX: usize = 8;
 /// Bits that tell two addresses apart: 64 of a hash, then the address itself.
 const DEPTH_MAX: usize = 64 + 128;
 /// Longest name of a slice in a key.
@@ -139,9 +141,25 @@ fn convert(endpoint: &Endpoint, ip: IpAddr, weight: u16) -> SliceEndpoint {
             .unwrap_or(false),
         node: endpoint.node_name.as_deref().unwrap_or_default().into(),
         zone: endpoint.zone.as_deref().unwrap_or_default().into(),
+        zone_hints: zone_hints(endpoint),
         hostname: endpoint.hostname.as_deref().unwrap_or_default().into(),
         weight,
     }
+}
+
+/// Topology-aware hints: ascending, so that the same hints are the same bytes.
+fn zone_hints(endpoint: &Endpoint) -> Vec<Box<str>> {
+    let hints = endpoint.hints.as_ref().and_then(|hints| hints.for_zones.as_ref());
+    let mut zones: Vec<Box<str>> = hints
+        .into_iter()
+        .flatten()
+        .filter(|zone| !zone.name.is_empty())
+        .map(|zone| zone.name.as_str().into())
+        .collect();
+    zones.sort_unstable();
+    zones.dedup();
+    zones.truncate(ZONE_HINTS_MAX);
+    zones
 }
 
 fn rank(endpoint: &SliceEndpoint) -> (bool, bool, &str, &str, &str) {

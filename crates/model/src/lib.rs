@@ -10,17 +10,21 @@ pub mod identity;
 pub mod ipentry;
 pub mod labels;
 pub mod node;
+pub mod preference;
 pub mod service;
+pub mod traffic;
 
 pub use cluster::{ClusterId, ClusterIdError, ClusterName, ClusterNameError, MaxConnectedClusters};
 pub use identity::{IdentityRange, NumericIdentity};
 pub use ipentry::{IpEntry, NamedPort};
 pub use labels::{Label, LabelParseError, Labels};
 pub use node::Node;
+pub use preference::{MinHealthy, Preference, TierCluster, Tiers};
 pub use service::{
     Affinity, Protocol, ServiceFrame, ServiceName, ServiceNameError, ServicePort, ServiceType,
     SessionAffinity, Slice, SliceEndpoint, SlicePort,
 };
+pub use traffic::{Algorithm, Traffic, TrafficPolicy};
 
 /// A position in one etcd's history: etcd's 64-bit store revision. Revisions of different clusters do not compare.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]

@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, str::FromStr};
 
-use crate::{ClusterId, ClusterName};
+use crate::{ClusterId, ClusterName, Traffic};
 
 /// Namespace and name: the same pair means the same service in every cluster.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -209,6 +209,8 @@ pub struct ServiceFrame {
     pub affinity: Affinity,
     /// Session affinity.
     pub session_affinity: SessionAffinity,
+    /// How traffic is spread, and who may send it.
+    pub traffic: Traffic,
     /// The Service's labels.
     pub labels: BTreeMap<String, String>,
     /// The Service's selector.
@@ -241,6 +243,8 @@ pub struct SliceEndpoint {
     pub node: Box<str>,
     /// Zone, empty if unknown.
     pub zone: Box<str>,
+    /// Zones whose clients it should serve (topology-aware hints); none if there is no hint.
+    pub zone_hints: Vec<Box<str>>,
     /// Stable host name, empty if none.
     pub hostname: Box<str>,
     /// Weight; 0 takes it out of rotation. 1 by default.
@@ -257,6 +261,7 @@ impl SliceEndpoint {
             terminating: false,
             node: "".into(),
             zone: "".into(),
+            zone_hints: Vec::new(),
             hostname: "".into(),
             weight: 1,
         }

@@ -201,6 +201,7 @@ pub fn decode(
         shared: json.shared,
         affinity: Affinity::None,
         session_affinity: SessionAffinity::None,
+        traffic: Default::default(),
         labels: json.labels,
         selector: json.selector,
     };

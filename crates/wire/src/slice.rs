@@ -7,8 +7,8 @@
 use std::net::IpAddr;
 
 use isthmus_model::{
-    Affinity, ClusterId, ClusterName, Protocol, ServiceFrame, ServiceName, ServicePort, ServiceType,
-    SessionAffinity, Slice, SliceEndpoint, SlicePort,
+    Affinity, Algorithm, ClusterId, ClusterName, MinHealthy, Preference, Protocol, ServiceFrame, ServiceName,
+    ServicePort, ServiceType, SessionAffinity, Slice, SliceEndpoint, SlicePort, Traffic, TrafficPolicy,
 };
 use prost::Message;
 
@@ -23,6 +23,10 @@ const ENDPOINTS_MAX: usize = 1000;
 const PORTS_MAX: usize = 256;
 /// Most addresses of a frame.
 const ADDRESSES_MAX: usize = 64;
+/// Most source ranges of a frame.
+const SOURCE_RANGES_MAX: usize = 1024;
+/// Most zones that an endpoint should serve: Kubernetes' own limit.
+const ZONE_HINTS_MAX: usize = 8;
 
 #[derive(Clone, PartialEq, Message)]
 struct FrameProto {
@@ -54,6 +58,24 @@ struct FrameProto {
     labels: std::collections::BTreeMap<String, String>,
     #[prost(btree_map = "string, string", tag = "14")]
     selector: std::collections::BTreeMap<String, String>,
+    #[prost(string, tag = "15")]
+    tiers: String,
+    #[prost(string, tag = "16")]
+    min_healthy: String,
+    #[prost(bool, tag = "17")]
+    no_spill_over: bool,
+    #[prost(uint32, tag = "18")]
+    slow_start_seconds: u32,
+    #[prost(uint32, tag = "19")]
+    internal_traffic_policy: u32,
+    #[prost(uint32, tag = "20")]
+    external_traffic_policy: u32,
+    #[prost(uint32, tag = "21")]
+    algorithm: u32,
+    #[prost(bytes = "vec", repeated, tag = "22")]
+    load_balancer_ips: Vec<Vec<u8>>,
+    #[prost(string, repeated, tag = "23")]
+    source_ranges: Vec<String>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -98,10 +120,14 @@ struct EndpointProto {
     /// Weight plus one; 0 = the default of 1.
     #[prost(uint32, tag = "6")]
     weight_plus_one: u32,
+    #[prost(string, repeated, tag = "7")]
+    zone_hints: Vec<String>,
 }
 
 /// Writes a frame.
 pub fn encode_frame(frame: &ServiceFrame) -> Vec<u8> {
+    let traffic = &frame.traffic;
+    let preference = &traffic.preference;
     FrameProto {
         cluster: frame.cluster.to_string(),
         cluster_id: frame.cluster_id.get().into(),
@@ -139,6 +165,23 @@ pub fn encode_frame(frame: &ServiceFrame) -> Vec<u8> {
         },
         labels: frame.labels.clone(),
         selector: frame.selector.clone(),
+        tiers: preference.tiers.to_string(),
+        min_healthy: if preference.min_healthy == MinHealthy::default() {
+            String::new()
+        } else {
+            preference.min_healthy.to_string()
+        },
+        no_spill_over: !preference.spill_over,
+        slow_start_seconds: preference.slow_start_seconds.into(),
+        internal_traffic_policy: (traffic.internal_policy == TrafficPolicy::Local).into(),
+        external_traffic_policy: (traffic.external_policy == TrafficPolicy::Local).into(),
+        algorithm: match traffic.algorithm {
+            Algorithm::Unspecified => 0,
+            Algorithm::Random => 1,
+            Algorithm::Maglev => 2,
+        },
+        load_balancer_ips: traffic.load_balancer_ips.iter().map(|ip| octets(*ip)).collect(),
+        source_ranges: traffic.source_ranges.iter().map(ToString::to_string).collect(),
     }
     .encode_to_vec()
 }
@@ -163,6 +206,7 @@ pub fn decode_frame(
     check_count("cluster_ips", proto.cluster_ips.len(), ADDRESSES_MAX)?;
     check_count("external_ips", proto.external_ips.len(), ADDRESSES_MAX)?;
     check_count("ports", proto.ports.len(), PORTS_MAX)?;
+    let traffic = traffic(&proto)?;
     let ports = proto.ports.into_iter().map(|port| {
         Ok(ServicePort {
             protocol: protocol(port.protocol)?,
@@ -207,8 +251,58 @@ pub fn decode_frame(
             0 => SessionAffinity::None,
             timeout_seconds => SessionAffinity::ClientIp { timeout_seconds },
         },
+        traffic,
         labels: proto.labels,
         selector: proto.selector,
+    })
+}
+
+/// Reads what only the service's own cluster uses. Numbers that a newer writer may use mean the default, as with affinity.
+fn traffic(proto: &FrameProto) -> Result<Traffic, Refusal> {
+    check_count("load_balancer_ips", proto.load_balancer_ips.len(), ADDRESSES_MAX)?;
+    check_count("source_ranges", proto.source_ranges.len(), SOURCE_RANGES_MAX)?;
+    let policy = |number| match number {
+        1 => TrafficPolicy::Local,
+        _ => TrafficPolicy::Cluster,
+    };
+    let min_healthy = match proto.min_healthy.as_str() {
+        "" => MinHealthy::default(),
+        text => text
+            .parse()
+            .map_err(|_| Refusal::malformed("min_healthy", text))?,
+    };
+    Ok(Traffic {
+        preference: Preference {
+            tiers: proto
+                .tiers
+                .parse()
+                .map_err(|_| Refusal::malformed("tiers", &proto.tiers))?,
+            min_healthy,
+            spill_over: !proto.no_spill_over,
+            slow_start_seconds: u16::try_from(proto.slow_start_seconds).map_err(|_| {
+                Refusal::malformed("slow_start_seconds", &proto.slow_start_seconds.to_string())
+            })?,
+        },
+        internal_policy: policy(proto.internal_traffic_policy),
+        external_policy: policy(proto.external_traffic_policy),
+        algorithm: match proto.algorithm {
+            1 => Algorithm::Random,
+            2 => Algorithm::Maglev,
+            _ => Algorithm::Unspecified,
+        },
+        load_balancer_ips: proto
+            .load_balancer_ips
+            .iter()
+            .map(|ip| address(ip))
+            .collect::<Result<_, _>>()?,
+        source_ranges: proto
+            .source_ranges
+            .iter()
+            .map(|text| {
+                text.parse()
+                    .map_err(|_| Refusal::malformed("source_ranges", text))
+            })
+            .collect::<Result<_, _>>()?,
     })
 }
 
@@ -233,6 +327,7 @@ pub fn encode_slice(slice: &Slice) -> Vec<u8> {
         } else {
             u32::from(endpoint.weight) + 1
         },
+        zone_hints: endpoint.zone_hints.iter().map(ToString::to_string).collect(),
     };
     SliceProto {
         cluster: slice.cluster.to_string(),
@@ -264,6 +359,7 @@ pub fn decode_slice(
         })
     });
     let endpoints = proto.endpoints.into_iter().map(|endpoint| {
+        check_count("zone_hints", endpoint.zone_hints.len(), ZONE_HINTS_MAX)?;
         Ok(SliceEndpoint {
             ip: address(&endpoint.ip)?,
             ready: endpoint.conditions & 1 != 0,
@@ -271,6 +367,7 @@ pub fn decode_slice(
             terminating: endpoint.conditions & 4 != 0,
             node: endpoint.node.into(),
             zone: endpoint.zone.into(),
+            zone_hints: endpoint.zone_hints.into_iter().map(Into::into).collect(),
             hostname: endpoint.hostname.into(),
             weight: match endpoint.weight_plus_one {
                 0 => 1,
@@ -361,6 +458,22 @@ mod tests {
             session_affinity: SessionAffinity::ClientIp {
                 timeout_seconds: 10_800,
             },
+            traffic: Traffic {
+                preference: Preference {
+                    tiers: "local,us-east|us-west,*".parse().unwrap(),
+                    min_healthy: MinHealthy::Percent(50),
+                    spill_over: false,
+                    slow_start_seconds: 30,
+                },
+                internal_policy: TrafficPolicy::Local,
+                external_policy: TrafficPolicy::Local,
+                algorithm: Algorithm::Maglev,
+                load_balancer_ips: vec!["203.0.113.7".parse().unwrap()],
+                source_ranges: vec![
+                    "198.51.100.0/24".parse().unwrap(),
+                    "2001:db8::/32".parse().unwrap(),
+                ],
+            },
             labels: [("a".to_owned(), "b".to_owned())].into(),
             selector: Default::default(),
         }
@@ -393,6 +506,7 @@ mod tests {
                 terminating,
                 node: text.as_str().into(),
                 zone: text.as_str().into(),
+                zone_hints: vec![text.as_str().into()],
                 hostname: text.into(),
                 weight,
             },

@@ -101,6 +101,7 @@ impl Claims {
             shared: true,
             affinity: Default::default(),
             session_affinity: Default::default(),
+            traffic: Default::default(),
             labels: BTreeMap::new(),
             selector: BTreeMap::new(),
         };

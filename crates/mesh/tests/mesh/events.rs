@@ -54,6 +54,7 @@ pub fn frame(of: u16) -> ServiceFrame {
         shared: true,
         affinity: Affinity::None,
         session_affinity: SessionAffinity::None,
+        traffic: Default::default(),
         labels: Default::default(),
         selector: Default::default(),
     }
