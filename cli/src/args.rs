@@ -149,6 +149,35 @@ known stays and may be old), refused or draining; PROGRESS how much of it is rea
 long ago its heartbeat was last seen to change. Every replica of this cluster's API server is asked too; those that do \
 not answer within 3 seconds are listed with the reason. Exits with 1 if a remote cluster is not ready.")]
     Status(StatusArgs),
+    /// Try the way to each remote cluster step by step: file, certificate, name, TCP, TLS, answer, cluster.
+    #[command(after_help = "Examples:
+  isthmus clustermesh troubleshoot --clustermesh-config /var/lib/isthmus/clustermesh
+  isthmus clustermesh troubleshoot west -o json
+
+To be run where the API server runs: it reads the files that the server reads, and takes the ways that it takes. \
+Nothing is changed. Exits with 1 if a step fails.")]
+    Troubleshoot(TroubleshootArgs),
+}
+
+/// Flags of `clustermesh troubleshoot`.
+#[derive(Debug, ArgGroup)]
+pub struct TroubleshootArgs {
+    /// Only these remote clusters.
+    pub clusters: Vec<String>,
+    /// Directory with a file for each remote cluster, as the API server has it.
+    #[arg(
+        long,
+        env = "ISTHMUS_CLUSTERMESH_CONFIG",
+        value_name = "DIR",
+        default_value = "/var/lib/isthmus/clustermesh"
+    )]
+    pub clustermesh_config: PathBuf,
+    /// How long a step may take, for example 500ms, 5s.
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = parse_duration)]
+    pub step_duration: Duration,
+    /// How to print: for people, with more columns, or for programs.
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub output: Format,
 }
 
 /// Flags of everything that reads BPF maps.

@@ -10,6 +10,7 @@ pub mod args;
 pub mod bpf;
 pub mod output;
 pub mod screen;
+pub mod troubleshoot;
 pub mod view;
 
 use std::{
@@ -55,6 +56,11 @@ pub async fn run(args: Args) -> anyhow::Result<ExitCode> {
             print(&view::clustermesh::render(&response, agent.output, now_ms()))?;
             let known = !wait.wait || !response.clusters.is_empty();
             Ok(well(known && view::clustermesh::all_ready(&response)))
+        }
+        Command::ClusterMesh(ClusterMeshCommand::Troubleshoot(args)) => {
+            let reports = troubleshoot::run(&args).await?;
+            print(&view::troubleshoot::render(&reports, args.output))?;
+            Ok(well(view::troubleshoot::all_ok(&reports)))
         }
         Command::Service(ServiceCommand::List {
             agent,

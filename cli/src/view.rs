@@ -10,6 +10,7 @@ pub mod metrics;
 pub mod service;
 pub mod status;
 pub mod table;
+pub mod troubleshoot;
 pub mod version;
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};

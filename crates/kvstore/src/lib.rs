@@ -19,6 +19,7 @@ pub mod pace;
 pub mod plan;
 pub mod replicas;
 pub mod rfc3339;
+pub mod troubleshoot;
 pub mod writer;
 
 pub use client::{CallError, Client};
@@ -28,4 +29,5 @@ pub use follow::{Feeds, Follow, Update, follow};
 pub use follower::{Change, Feed};
 pub use pace::Pace;
 pub use replicas::{Replica, ask_replicas};
+pub use troubleshoot::{Finding, troubleshoot};
 pub use writer::{Writer, WriterOptions, WriterStatus};

@@ -65,7 +65,7 @@ pub async fn ask_replicas(config: &EtcdConfig, options: &Options, patience: Dura
     replicas
 }
 
-async fn resolve(endpoint: &Endpoint, config: &EtcdConfig) -> Result<Vec<SocketAddr>, String> {
+pub(crate) async fn resolve(endpoint: &Endpoint, config: &EtcdConfig) -> Result<Vec<SocketAddr>, String> {
     if let Some(ips) = config.host_aliases.get(&endpoint.host) {
         return Ok(ips.iter().map(|ip| SocketAddr::new(*ip, endpoint.port)).collect());
     }

@@ -1,6 +1,7 @@
 //! A remote cluster step by step, without a connection.
 
 use isthmus_model::ClusterId;
+use isthmus_wire::status::Phase;
 
 use super::*;
 use crate::store::HistoryLimits;
@@ -173,4 +174,94 @@ fn keys_beyond_the_limit_are_refused_by_reason() {
     };
     world.on(update, 0);
     assert_eq!(world.at(0).refused.get("too_many"), Some(&1));
+}
+
+#[test]
+fn phases_tell_what_is_going_on_and_since_when() {
+    let mut world = World::new();
+    assert_eq!(world.at(0).phase, Phase::Connecting);
+    let lost = |retry_ms| Update::Disconnected {
+        error: "refused".to_owned(),
+        retry_in: std::time::Duration::from_millis(retry_ms),
+    };
+    world.on(lost(500), 1_000);
+    world.on(lost(700), 2_000);
+    let status = world.at(2_000);
+    assert_eq!(
+        (status.phase, status.stale_since_ms),
+        (Phase::Connecting, 0),
+        "nothing was known"
+    );
+    assert_eq!(
+        (status.retries, status.next_retry_ms, status.last_error.as_str()),
+        (2, 2_700, "refused")
+    );
+
+    world.remote.on_connected(3_000);
+    let config = keys::cluster_config(&ClusterName::new("c2").unwrap());
+    world.synced(&config, 3_000);
+    let feeds = world.config_with_slices(2);
+    let status = world.at(3_000);
+    assert_eq!(
+        (status.phase, status.retries, status.next_retry_ms),
+        (Phase::Listing, 0, 0)
+    );
+    assert_eq!(
+        (status.progress.left_ms, status.connected_since_ms),
+        (None, 3_000)
+    );
+    for (number, feed) in feeds.iter().enumerate() {
+        let (feed, expected) = (feed.name.clone(), number as u64);
+        world.on(
+            Update::Listing {
+                feed: feed.clone(),
+                cluster_id: 9,
+                revision: 1,
+                trusted: false,
+                expected,
+            },
+            3_000,
+        );
+    }
+    let status = world.at(3_500);
+    assert_eq!((status.phase, status.progress.expected), (Phase::Listing, 15));
+    for feed in &feeds {
+        let feed = feed.name.clone();
+        world.on(
+            Update::Listed {
+                feed: feed.clone(),
+                cluster_id: 9,
+                revision: 1,
+                new_history: true,
+            },
+            4_000,
+        );
+        world.synced(&feed, 4_000);
+    }
+    let status = world.at(4_000);
+    assert_eq!(
+        (status.phase, status.ready, status.progress.left_ms),
+        (Phase::Synced, true, Some(0)),
+        "{status:?}"
+    );
+
+    world.on(lost(500), 10_000);
+    world.on(lost(900), 11_000);
+    let status = world.at(20_000);
+    assert_eq!(
+        (status.phase, status.stale_since_ms, status.ready),
+        (Phase::Stale, 10_000, true)
+    );
+    world.remote.on_connected(30_000);
+    assert_eq!(
+        world.at(30_000).phase,
+        Phase::Listing,
+        "until all feeds follow again"
+    );
+    world.config(1);
+    assert_eq!(world.at(30_000).phase, Phase::Refused, "it has our ID");
+    world.remote.on_leaving(&mut world.store, true, 31_000);
+    assert_eq!(world.at(31_000).phase, Phase::Draining);
+    world.remote.on_leaving(&mut world.store, false, 32_000);
+    assert_eq!(world.at(32_000).phase, Phase::Refused);
 }

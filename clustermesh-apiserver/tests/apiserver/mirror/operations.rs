@@ -3,7 +3,7 @@
 use std::{net::TcpListener, time::Duration};
 
 use isthmus_clustermesh_apiserver::mirror::readiness::ReadyTimeouts;
-use isthmus_kvstore::ask_replicas;
+use isthmus_kvstore::{ask_replicas, troubleshoot};
 use isthmus_runtime::State;
 use isthmus_wire::{keys, status::Phase};
 use tokio::{
@@ -223,6 +223,56 @@ async fn every_documented_metric_is_there_and_replicas_tell_of_themselves() {
     .await;
     let told = other[0].answer.as_ref().unwrap();
     assert_eq!((told.version.as_str(), told.started_ms), ("etcd 3.5.0", 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn troubleshooting_names_the_step_that_fails() {
+    let pki = Pki::new();
+    let (a, b) = pair(&pki).await;
+    a.until(&pki, "b", "ready", |status| status.ready).await;
+    let files = tempfile::tempdir().unwrap();
+    let check = async |cluster: &str, text: &str| {
+        write_file(files.path(), cluster, text);
+        let cluster = isthmus_model::ClusterName::new(cluster).unwrap();
+        let path = files.path().join(cluster.as_str());
+        let findings = troubleshoot(&cluster, &path, Duration::from_secs(20)).await;
+        let steps: Vec<&str> = findings.iter().map(|finding| finding.step).collect();
+        let bad = findings
+            .iter()
+            .filter(|finding| !finding.ok)
+            .map(|finding| (finding.step, finding.text.clone()));
+        (steps.join(" "), bad.collect::<Vec<_>>())
+    };
+    let good = pki.yaml(b.address(), "remote-a");
+    let (steps, bad) = check("b", &good).await;
+    assert_eq!(
+        (steps.as_str(), bad),
+        ("file certificate name tcp tls etcd cluster", vec![])
+    );
+    let failing = async |cluster: &str, text: &str, step: &str| {
+        let (_, bad) = check(cluster, text).await;
+        assert_eq!(
+            bad.iter().map(|(step, _)| *step).collect::<Vec<_>>(),
+            [step],
+            "{bad:?}"
+        );
+        bad[0].1.clone()
+    };
+    failing("b", "endpoints: [", "file").await;
+    failing("b", &good.replace("127.0.0.1", "127.0.0.3"), "tcp").await;
+    let other = Pki::new();
+    let foreign = good.replace(
+        &pki.path("ca.crt").display().to_string(),
+        &other.path("ca.crt").display().to_string(),
+    );
+    let text = failing("b", &foreign, "tls").await;
+    assert!(text.contains("ca.crt"), "{text}");
+    let text = failing("b", &pki.yaml(b.address(), "nobody"), "etcd").await;
+    assert!(text.contains("permission denied"), "{text}");
+    // The file is named after another cluster than the one that answers.
+    failing("c", &good, "etcd").await;
+    let text = failing("c", &pki.yaml(b.address(), "local-b"), "cluster").await;
+    assert!(text.contains("no config of cluster c"), "{text}");
 }
 
 /// Metrics of things that do not happen in this test: they have no value before.
