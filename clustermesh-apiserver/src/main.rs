@@ -1,15 +1,14 @@
 //! Parses arguments, runs, exits.
 
 mod limit_args;
+mod store_args;
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context;
-use clap::{Parser, ValueEnum};
-use isthmus_clustermesh_apiserver::{
-    Config, StoreConfig, bind, embedded::Limits, mirror::readiness::ReadyTimeouts, store::HistoryLimits,
-};
-use isthmus_kvstore::{EtcdConfig, Options};
+use clap::Parser;
+use isthmus_clustermesh_apiserver::{Config, bind, mirror::readiness::ReadyTimeouts, store::HistoryLimits};
+use isthmus_kvstore::Options;
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
 use isthmus_runtime::{
     command_line::{self, FlagError, LogArgs},
@@ -17,6 +16,7 @@ use isthmus_runtime::{
 };
 
 use limit_args::LimitArgs;
+use store_args::StoreArgs;
 
 /// Serves a cluster's state to other clusters and to its own agents, and mirrors other clusters' state.
 #[derive(Debug, Parser)]
@@ -31,26 +31,8 @@ struct Args {
     /// Size of the mesh, 255 or 511; the same in every cluster.
     #[arg(long, env = "ISTHMUS_MAX_CONNECTED_CLUSTERS", default_value = "255")]
     max_connected_clusters: MaxConnectedClusters,
-    /// Where this cluster's state is: in an etcd, or in a file of this server, which the local operator then writes to through
-    /// it. An embedded store is for a small cluster with a single replica.
-    #[arg(long, env = "ISTHMUS_STORE", value_enum, default_value = "etcd")]
-    store: StoreKind,
-    /// YAML file that says where this cluster's etcd is; with --store etcd.
-    #[arg(
-        long,
-        env = "ISTHMUS_ETCD_CONFIG",
-        value_name = "FILE",
-        required_unless_present = "data_dir"
-    )]
-    etcd_config: Option<PathBuf>,
-    /// Directory of the embedded store, made if it is not there; with --store embedded.
-    #[arg(
-        long,
-        env = "ISTHMUS_DATA_DIR",
-        value_name = "DIR",
-        required_if_eq("store", "embedded")
-    )]
-    data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    store: StoreArgs,
     /// Directory with a YAML file for each remote cluster, named like it. Without it nothing is mirrored.
     #[arg(long, env = "ISTHMUS_CLUSTERMESH_CONFIG", value_name = "DIR")]
     clustermesh_config: Option<PathBuf>,
@@ -91,12 +73,6 @@ struct Args {
     log: LogArgs,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum StoreKind {
-    Etcd,
-    Embedded,
-}
-
 fn main() -> ExitCode {
     command_line::exit_code(run(command_line::parse()))
 }
@@ -116,24 +92,11 @@ fn run(args: Args) -> anyhow::Result<()> {
         per_cluster: duration("per-cluster-ready-timeout", &args.per_cluster_ready_timeout)?,
         global: duration("global-ready-timeout", &args.global_ready_timeout)?,
     };
-    // Which of the two is needed was checked when the arguments were read.
-    let store = match args.store {
-        StoreKind::Etcd => {
-            let path = args.etcd_config.unwrap_or_default();
-            let etcd = EtcdConfig::from_file(&path)
-                .map_err(|error| usage("etcd-config", &path.display(), chain(&error)))?;
-            StoreConfig::Etcd(etcd)
-        }
-        StoreKind::Embedded => StoreConfig::Embedded {
-            data_dir: args.data_dir.unwrap_or_default(),
-            limits: Limits::default(),
-        },
-    };
     let config = Config {
         cluster: args.cluster_name,
         cluster_id,
         max,
-        store,
+        store: args.store.config()?,
         clustermesh_config: args.clustermesh_config,
         listen: args.listen,
         tls_cert_file: args.tls_cert_file,
@@ -167,11 +130,4 @@ fn parse_duration(text: &str) -> Option<Duration> {
     };
     let ms = number.parse::<u64>().ok()?.checked_mul(ms_per_unit)?;
     (ms <= 604_800_000).then(|| Duration::from_millis(ms))
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    match error.source() {
-        Some(source) => format!("{error}: {}", chain(source)),
-        None => error.to_string(),
-    }
 }

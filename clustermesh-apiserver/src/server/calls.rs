@@ -157,11 +157,12 @@ impl maintenance_server::Maintenance for Calls {
         let header = self.header(&request)?;
         let own_cluster = Peer::of(&request)?.may_read(&super::replica::range());
         let index = u64::try_from(header.revision).unwrap_or_default();
+        let (db_size, db_size_in_use) = write::sizes(&self.0);
         let mut response = Response::new(StatusResponse {
             version: VERSION.to_owned(),
-            // Some size, so that tools which divide by it do not.
-            db_size: 1,
-            db_size_in_use: 1,
+            db_size,
+            db_size_in_use,
+            errors: write::alarm_texts(&self.0, &header),
             leader: header.member_id,
             raft_index: index,
             raft_term: header.raft_term,
@@ -176,11 +177,8 @@ impl maintenance_server::Maintenance for Calls {
     }
 
     async fn alarm(&self, request: Request<AlarmRequest>) -> Result<Response<AlarmResponse>, Status> {
-        let header = Some(self.header(&request)?);
-        Ok(Response::new(AlarmResponse {
-            header,
-            alarms: Vec::new(),
-        }))
+        let header = self.header(&request)?;
+        Ok(Response::new(write::alarm(&self.0, header, &request)))
     }
 }
 

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use isthmus_proto::etcdserverpb::{
-    CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, LeaseGrantRequest,
-    LeaseGrantResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseRevokeRequest,
-    LeaseRevokeResponse, LeaseStatus, LeaseTimeToLiveRequest, LeaseTimeToLiveResponse, PutRequest,
-    PutResponse, ResponseHeader, TxnRequest, TxnResponse, request_op,
+    AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionRequest, CompactionResponse,
+    DeleteRangeRequest, DeleteRangeResponse, LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest,
+    LeaseKeepAliveResponse, LeaseRevokeRequest, LeaseRevokeResponse, LeaseStatus, LeaseTimeToLiveRequest,
+    LeaseTimeToLiveResponse, PutRequest, PutResponse, ResponseHeader, TxnRequest, TxnResponse,
+    alarm_request::AlarmAction, request_op,
 };
 use isthmus_tls::rights::KeyRange;
 use tonic::{Request, Response, Status, Streaming};
@@ -225,4 +226,46 @@ pub(super) async fn lease_time_to_live(
 pub(super) async fn leases(embedded: &Embedded) -> Result<Vec<LeaseStatus>, Status> {
     let ids = embedded.leases().await?;
     Ok(ids.into_iter().map(|id| LeaseStatus { id }).collect())
+}
+
+// How much room there is.
+
+/// Bytes of the store's file, and of what is in it; some size where there is none, so that tools which divide by it do not.
+pub(super) fn sizes(context: &Context) -> (i64, i64) {
+    let (file, used) = context.embedded.as_ref().map_or((1, 1), Embedded::sizes);
+    let size = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX).max(1);
+    (size(file), size(used))
+}
+
+fn alarms(context: &Context, header: &ResponseHeader) -> Vec<AlarmMember> {
+    let full = context.embedded.as_ref().is_some_and(Embedded::is_full);
+    let alarm = AlarmMember {
+        member_id: header.member_id,
+        alarm: AlarmType::Nospace as i32,
+    };
+    full.then_some(alarm).into_iter().collect()
+}
+
+/// Alarms as Status tells them.
+pub(super) fn alarm_texts(context: &Context, header: &ResponseHeader) -> Vec<String> {
+    let text = |alarm: &AlarmMember| format!("memberID:{} alarm:NOSPACE ", alarm.member_id);
+    alarms(context, header).iter().map(text).collect()
+}
+
+/// Lists the alarms, or forgets them: the next write that does not fit raises one again. Nobody else can raise one.
+pub(super) fn alarm(
+    context: &Context,
+    header: ResponseHeader,
+    request: &Request<AlarmRequest>,
+) -> AlarmResponse {
+    let alarms = alarms(context, &header);
+    if request.get_ref().action() == AlarmAction::Deactivate
+        && let Some(embedded) = writer(context, request)
+    {
+        embedded.disarm();
+    }
+    AlarmResponse {
+        header: Some(header),
+        alarms,
+    }
 }

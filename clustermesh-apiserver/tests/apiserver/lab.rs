@@ -211,11 +211,7 @@ impl Pki {
     }
 
     /// The same, changed by `change`, also where there are such files.
-    pub fn issue_with(
-        &self,
-        name: &str,
-        change: impl FnOnce(&mut CertificateParams),
-    ) -> (PathBuf, PathBuf) {
+    pub fn issue_with(&self, name: &str, change: impl FnOnce(&mut CertificateParams)) -> (PathBuf, PathBuf) {
         let [cert, key] = ["crt", "key"].map(|end| self.path(&format!("{name}.{end}")));
         let pair = KeyPair::generate().unwrap();
         let names = vec![
