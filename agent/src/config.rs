@@ -85,6 +85,26 @@ pub struct Args {
         default_value_t = 4240
     )]
     cluster_health_port: u16,
+    /// Translate connections to services at the socket, once each. With `false` packets of pods are translated one by one, and
+    /// processes of the node itself do not reach services.
+    #[arg(long, env = "ISTHMUS_BPF_LB_SOCK", value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    bpf_lb_sock: bool,
+    /// What a packet to a service without backends meets: `reject` (a reset or ICMP unreachable at once) or `drop`.
+    #[arg(
+        long,
+        env = "ISTHMUS_SERVICE_NO_BACKEND_RESPONSE",
+        value_name = "RESPONSE",
+        default_value = "reject"
+    )]
+    service_no_backend_response: String,
+    /// Time between two sweeps that remove flows that are over from the conntrack table.
+    #[arg(
+        long,
+        env = "ISTHMUS_CONNTRACK_GC_INTERVAL",
+        value_name = "DURATION",
+        default_value = "30s"
+    )]
+    conntrack_gc_interval: String,
     /// How long readiness waits for remote clusters that are connected and not synced yet.
     #[arg(
         long,
@@ -156,6 +176,12 @@ pub struct Config {
     pub mtu: Option<u32>,
     /// UDP port of probes; `None` turns them off.
     pub health_port: Option<u16>,
+    /// Translate at the socket.
+    pub socket_lb: bool,
+    /// Answer packets to services without backends.
+    pub no_backend_answer: bool,
+    /// Time between two sweeps of the conntrack table.
+    pub conntrack_gc_interval: Duration,
     /// Bound on waiting for remote clusters before readiness.
     pub sync_timeout: Duration,
     /// Admin endpoint.
@@ -210,6 +236,26 @@ impl Args {
         if self.tunnel_port == 0 {
             return Err(FlagError::new("tunnel-port", 0, "it takes 1 to 65535"));
         }
+        let no_backend_answer = match self.service_no_backend_response.as_str() {
+            "reject" => true,
+            "drop" => false,
+            other => {
+                return Err(FlagError::new(
+                    "service-no-backend-response",
+                    other,
+                    "it takes `reject` or `drop`",
+                ));
+            }
+        };
+        let conntrack_gc_interval = parse_duration(&self.conntrack_gc_interval)
+            .filter(|interval| (Duration::from_secs(1)..=Duration::from_secs(3600)).contains(interval))
+            .ok_or_else(|| {
+                FlagError::new(
+                    "conntrack-gc-interval",
+                    &self.conntrack_gc_interval,
+                    "it takes 1s to 1h, a number with a unit",
+                )
+            })?;
         let sync_timeout = parse_duration(&self.clustermesh_sync_timeout).ok_or_else(|| {
             FlagError::new(
                 "clustermesh-sync-timeout",
@@ -227,6 +273,9 @@ impl Args {
             tunnel_port: self.tunnel_port,
             mtu: (self.mtu != 0).then_some(self.mtu),
             health_port: (self.cluster_health_port != 0).then_some(self.cluster_health_port),
+            socket_lb: self.bpf_lb_sock,
+            no_backend_answer,
+            conntrack_gc_interval,
             sync_timeout,
             admin_listen: self.admin_listen,
         })))
@@ -295,6 +344,13 @@ mod tests {
         assert_eq!(config.sync_timeout, Duration::from_secs(90));
         assert_eq!(config.mtu, Some(1450));
         assert_eq!(config.health_port, Some(4240));
+        assert!(config.socket_lb && config.no_backend_answer);
+        let Ok(Command::Run(config)) =
+            check(&["--bpf-lb-sock=false", "--service-no-backend-response", "drop"])
+        else {
+            panic!("refused");
+        };
+        assert!(!config.socket_lb && !config.no_backend_answer);
     }
 
     #[test]
@@ -307,6 +363,8 @@ mod tests {
             ("mtu", "100"),
             ("tunnel-port", "0"),
             ("clustermesh-sync-timeout", "soon"),
+            ("service-no-backend-response", "sulk"),
+            ("conntrack-gc-interval", "0s"),
             ("state-dir", "here"),
         ] {
             let args = Args::parse_from(

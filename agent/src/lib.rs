@@ -11,7 +11,7 @@
 //!     CLI ---gRPC---> api::local --questions-+
 //! ```
 //!
-//! One task each; every queue is bounded. Pure: [`state`], [`sources`], [`decode`], [`endpoints`], [`ipam`], [`node`],
+//! One task each, beside `housekeeping` (counters) and `conntrack` (sweeps); every queue is bounded. Pure: [`state`], [`sources`], [`decode`], [`endpoints`], [`ipam`], [`node`],
 //! [`probe`], [`status`]; the others are shells.
 //!
 //! Invariants: the maps are written by `rounds` alone; a lost upstream, a stopped or restarted agent removes nothing;
@@ -19,6 +19,7 @@
 
 pub mod api;
 mod config;
+mod conntrack;
 pub mod decode;
 pub mod endpoints;
 mod housekeeping;
@@ -36,6 +37,7 @@ pub mod status;
 use std::{sync::Arc, time::Instant};
 
 use anyhow::Context;
+use isthmus_bpf_abi::feature;
 use isthmus_datapath::{Datapath, DatapathConfig, teardown};
 use isthmus_kvstore::{EtcdConfig, Options, follow};
 use isthmus_proto::agent::{cni_server::CniServer, local_server::LocalServer};
@@ -60,7 +62,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     })?;
     // First the socket: who holds it is the agent of this node.
     let socket = api::listen(&config.places.socket_path)?;
-    let datapath = open_datapath(&config.places).await?;
+    let datapath = open_datapath(&config.places, config.socket_lb).await?;
     let registry = Metrics::new("agent");
     let metrics = metrics::AgentMetrics::new(&registry);
     let health = Health::default();
@@ -191,6 +193,12 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         metrics.clone(),
         shutdown.clone(),
     ));
+    tasks.spawn(conntrack::run(
+        Arc::clone(&datapath),
+        config.conntrack_gc_interval,
+        metrics.clone(),
+        shutdown.clone(),
+    ));
     let server = tonic::transport::Server::builder()
         .add_service(CniServer::new(api::cni::CniService::new(calls_in)))
         .add_service(LocalServer::new(api::local::LocalService::new(handle, etcd)))
@@ -262,6 +270,7 @@ fn network_task(
         cluster_id: config.cluster_id,
         tunnel_port: config.tunnel_port,
         mtu: config.mtu,
+        features: features(config),
     };
     async move {
         network::run(netlink, datapath, settings, endpoints, inputs, outputs, shutdown).await;
@@ -269,11 +278,21 @@ fn network_task(
     }
 }
 
-async fn open_datapath(places: &Places) -> anyhow::Result<Arc<Datapath>> {
+/// What the programs do for packets.
+fn features(config: &Config) -> u32 {
+    let silent = if config.no_backend_answer {
+        0
+    } else {
+        feature::NO_BACKEND_DROP
+    };
+    feature::PACKET_LB | silent
+}
+
+async fn open_datapath(places: &Places, socket_lb: bool) -> anyhow::Result<Arc<Datapath>> {
     let config = DatapathConfig {
         bpf_root: places.bpf_root.clone(),
         cgroup_root: places.cgroup_root.clone(),
-        socket_lb: true,
+        socket_lb,
     };
     let datapath = tokio::task::spawn_blocking(move || Datapath::open(&config)).await??;
     Ok(Arc::new(datapath))

@@ -134,6 +134,14 @@ pub struct AgentMetrics {
     pub datapath_packets: Family<PacketLabels, Counter>,
     /// Bytes of them.
     pub datapath_bytes: Family<PacketLabels, Counter>,
+    /// Entries of the conntrack table after its last sweep.
+    pub conntrack_entries: Gauge,
+    /// Entries that sweeps removed.
+    pub conntrack_removed: Counter,
+    /// Sweeps.
+    pub conntrack_sweeps: Family<OutcomeLabel, Counter>,
+    /// How long a sweep takes.
+    pub conntrack_sweep_seconds: Histogram,
 }
 
 impl AgentMetrics {
@@ -249,6 +257,26 @@ impl AgentMetrics {
                 Family::default(),
             ),
             datapath_bytes: metrics.register("datapath_bytes", "Bytes of the packets", Family::default()),
+            conntrack_entries: metrics.register(
+                "conntrack_entries",
+                "Entries of the conntrack table after its last sweep; a translated flow has two",
+                Gauge::default(),
+            ),
+            conntrack_removed: metrics.register(
+                "conntrack_removed_entries",
+                "Entries of flows that are over, removed by sweeps",
+                Counter::default(),
+            ),
+            conntrack_sweeps: metrics.register(
+                "conntrack_sweeps",
+                "Sweeps of the conntrack table",
+                Family::default(),
+            ),
+            conntrack_sweep_seconds: metrics.register(
+                "conntrack_sweep_duration_seconds",
+                "Time that a sweep of the conntrack table takes",
+                histogram(),
+            ),
         }
     }
 }

@@ -57,6 +57,8 @@ pub struct Settings {
     pub tunnel_port: u16,
     /// MTU from the flag.
     pub mtu: Option<u32>,
+    /// What the programs do, bits of `bpf-abi`'s `feature`.
+    pub features: u32,
 }
 
 /// Who is told.
@@ -254,7 +256,7 @@ impl Task {
             router_ips: node.router_ips.clone(),
         };
         let vxlan_ifindex = device::ensure_vxlan(&self.netlink, &vxlan).await?;
-        let config = node.config(self.settings.cluster_id, vxlan_ifindex);
+        let config = node.config(self.settings.cluster_id, vxlan_ifindex, self.settings.features);
         let datapath = Arc::clone(&self.datapath);
         let steps = move || {
             device::enable_forwarding()?;

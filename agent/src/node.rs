@@ -86,8 +86,8 @@ impl LocalNode {
         self.router_ips.iter().find(|ip| ip.is_ipv4() == ipv4).copied()
     }
 
-    /// The programs' configuration.
-    pub fn config(&self, cluster_id: ClusterId, vxlan_ifindex: u32) -> NodeConfig {
+    /// The programs' configuration, with these bits of [`feature`].
+    pub fn config(&self, cluster_id: ClusterId, vxlan_ifindex: u32, features: u32) -> NodeConfig {
         let address = |ip: Option<IpAddr>| ip.map(to_address).unwrap_or_default();
         NodeConfig {
             node_ipv4: address(self.ipv4.map(IpAddr::V4)),
@@ -96,7 +96,7 @@ impl LocalNode {
             router_ipv6: address(self.router_ip(false)),
             vxlan_ifindex,
             node_identity: IDENTITY_REMOTE_NODE,
-            features: feature::SOURCE_CHECK | feature::PACKET_LB,
+            features: feature::SOURCE_CHECK | features,
             cluster_id: cluster_id.get(),
             pad: 0,
             maglev_table_size: MAGLEV_TABLE_SIZE_DEFAULT,
@@ -148,7 +148,8 @@ mod tests {
         assert_eq!(local.router_ip(true), Some("10.1.2.1".parse().unwrap()));
         assert_eq!(local.router_ip(false), Some("fd00:1:2::1".parse().unwrap()));
         assert_eq!(local.tunnel_endpoint, "172.18.0.2".parse::<IpAddr>().unwrap());
-        let config = local.config(node().cluster_id, 7);
+        let config = local.config(node().cluster_id, 7, feature::PACKET_LB);
+        assert_eq!(config.features, feature::SOURCE_CHECK | feature::PACKET_LB);
         assert_eq!(config.router_ipv4, isthmus_bpf_abi::ipv4_mapped([10, 1, 2, 1]));
         assert_eq!((config.vxlan_ifindex, config.cluster_id), (7, 1));
         assert_eq!(local.host_entries().count(), 4);

@@ -64,6 +64,41 @@ fn an_agent_serves_restarts_and_goes_without_a_trace() {
 }
 
 #[test]
+fn a_pod_reaches_services_without_socket_hooks() {
+    let lab = Lab::new();
+    lab.serve("10.1.1.10", "one");
+    publish::cluster(&lab, "c1");
+    publish::slice(&lab, "c1", &["10.1.1.10"]);
+    let agent = lab.start_agent_with(&["--bpf-lb-sock=false", "--conntrack-gc-interval=1s"]);
+    lab.wait_ready();
+    let host_ifname = a_pod_comes(&lab);
+    let pod = lab.pod("pod0", &host_ifname, "10.1.1.2");
+    eventually("the frontend answers the pod", || {
+        pod.connect(FRONTEND).as_deref() == Some("one")
+    });
+    assert_eq!(
+        lab.connect(FRONTEND),
+        None,
+        "a process of the node has no hook and no veth"
+    );
+    eventually("a sweep has counted the flow's entries", || {
+        let metrics = lab.get("/metrics");
+        metrics.lines().any(|line| {
+            let entries = line.strip_prefix("isthmus_agent_conntrack_entries ");
+            entries.is_some_and(|entries| entries.parse().is_ok_and(|entries: u32| entries >= 2))
+        })
+    });
+    // The agent of tomorrow may want the hooks.
+    drop(agent);
+    let _again = lab.start_agent();
+    lab.wait_ready();
+    eventually("the frontend answers the node", || {
+        lab.connect(FRONTEND).as_deref() == Some("one")
+    });
+    assert_eq!(pod.connect(FRONTEND).as_deref(), Some("one"));
+}
+
+#[test]
 fn a_probe_through_the_tunnel_names_node_cluster_and_cause() {
     let one = Lab::new();
     let two = Lab::second(&one);

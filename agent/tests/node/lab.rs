@@ -43,6 +43,39 @@ impl Drop for Process {
     }
 }
 
+/// A pod's namespace; gone when it is dropped.
+pub struct Pod {
+    name: String,
+}
+
+impl Pod {
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command
+            .arg(format!("--net=/run/netns/{}", self.name))
+            .arg(program);
+        command
+    }
+
+    /// What a process of the pod hears at `address/port`.
+    pub fn connect(&self, frontend: &str) -> Option<String> {
+        let script = format!("exec 3<>/dev/tcp/{frontend} || exit 1; cat <&3");
+        let mut command = self.command("timeout");
+        command.args(["2", "bash", "-c", &script]).stderr(Stdio::null());
+        let output = command.output().unwrap();
+        output
+            .status
+            .success()
+            .then(|| String::from_utf8(output.stdout).unwrap())
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).output();
+    }
+}
+
 pub struct Lab {
     number: u8,
     name: String,
@@ -206,7 +239,43 @@ impl Lab {
     }
 
     pub fn start_agent(&self) -> Process {
-        Process(self.agent_command(&[]).spawn().unwrap())
+        self.start_agent_with(&[])
+    }
+
+    pub fn start_agent_with(&self, more: &[&str]) -> Process {
+        Process(self.agent_command(more).spawn().unwrap())
+    }
+
+    /// Gives the pod's end of a veth pair a namespace of its own, as the CNI plugin does.
+    pub fn pod(&self, device: &str, host_ifname: &str, ip: &str) -> Pod {
+        let name = format!("{}-pod", self.name);
+        check(Command::new("ip").args(["netns", "add", &name]));
+        self.run("ip", &["link", "set", device, "netns", &name, "name", "eth0"]);
+        self.run(
+            "ip",
+            &["link", "set", host_ifname, "address", "02:00:00:00:00:01"],
+        );
+        let pod = Pod { name };
+        for arguments in [
+            &["link", "set", "lo", "up"][..],
+            &["link", "set", "eth0", "address", "02:00:00:00:00:02"],
+            &["link", "set", "eth0", "up"],
+            &["address", "add", &format!("{ip}/32"), "dev", "eth0"],
+            &[
+                "neighbour",
+                "add",
+                "169.254.1.1",
+                "lladdr",
+                "02:00:00:00:00:01",
+                "dev",
+                "eth0",
+            ],
+            &["route", "add", "169.254.1.1", "dev", "eth0"],
+            &["route", "add", "default", "via", "169.254.1.1", "dev", "eth0"],
+        ] {
+            check(pod.command("ip").args(arguments));
+        }
+        pod
     }
 
     pub fn cleanup(&self) {
@@ -255,16 +324,24 @@ impl Lab {
     }
 
     pub fn readyz(&self) -> (u16, String) {
+        let text = self.get("/readyz");
+        match text.get(9..12).map(str::parse) {
+            Some(Ok(code)) => (code, text),
+            _ => (0, text),
+        }
+    }
+
+    /// What the admin endpoint answers, headers included.
+    pub fn get(&self, path: &str) -> String {
         self.on_node(|| {
             let Ok(mut stream) = TcpStream::connect("127.0.0.1:9879") else {
-                return (0, "nobody listens".to_owned());
+                return "nobody listens".to_owned();
             };
-            stream
-                .write_all(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-                .unwrap();
+            let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+            stream.write_all(request.as_bytes()).unwrap();
             let mut text = String::new();
             stream.read_to_string(&mut text).unwrap();
-            (text[9..12].parse().unwrap(), text)
+            text
         })
     }
 

@@ -10,6 +10,7 @@
 //! - `unsafe` is in [`sys`](self) alone: the system call itself.
 
 pub mod apply;
+pub mod conntrack;
 pub mod device;
 pub mod links;
 pub mod map;

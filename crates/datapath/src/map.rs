@@ -92,6 +92,35 @@ pub struct Map<K, V> {
     types: PhantomData<fn(K) -> V>,
 }
 
+/// How far a walk over a map has come, see [`Map::scan`]. For one map.
+#[derive(Debug)]
+pub struct Scan {
+    position: Option<Vec<u8>>,
+    keys: Vec<u8>,
+    values: Vec<u8>,
+    count: usize,
+    over: bool,
+}
+
+impl Default for Scan {
+    fn default() -> Self {
+        Self {
+            position: None,
+            keys: Vec::new(),
+            values: Vec::new(),
+            count: BATCH_ENTRIES_MAX,
+            over: false,
+        }
+    }
+}
+
+impl Scan {
+    /// Whether all entries were seen.
+    pub fn is_over(&self) -> bool {
+        self.over
+    }
+}
+
 impl<K: Layout, V: Layout> Map<K, V> {
     /// Opens the map pinned at `path`, or makes and pins it.
     pub fn open_or_create(spec: &MapSpec, path: &Path) -> Result<Self, MapOpenError> {
@@ -293,42 +322,51 @@ impl<K: Layout, V: Layout> Map<K, V> {
     /// All entries. Entries that change meanwhile may be missed or seen twice.
     pub fn dump(&self) -> Result<Vec<(K, V)>, MapError> {
         let mut entries = Vec::new();
-        let mut count = BATCH_ENTRIES_MAX;
-        let mut keys = vec![0; count * size_of::<K>()];
-        let mut values = vec![0; count * size_of::<V>()];
-        let mut position = None;
+        let mut scan = Scan::default();
+        while !scan.is_over() {
+            entries.extend(self.scan(&mut scan)?);
+        }
+        Ok(entries)
+    }
+
+    /// The next entries of a walk over the map, about [`BATCH_ENTRIES_MAX`] of them. Entries that change meanwhile may be
+    /// missed or seen twice. A kernel without batches for this kind of map gives all at once.
+    pub fn scan(&self, scan: &mut Scan) -> Result<Vec<(K, V)>, MapError> {
         loop {
+            scan.keys.resize(scan.count * size_of::<K>(), 0);
+            scan.values.resize(scan.count * size_of::<V>(), 0);
             let result = sys::map_lookup_batch(
                 self.fd(),
-                &mut position,
+                &mut scan.position,
                 size_of::<K>().max(4),
-                &mut keys,
-                &mut values,
-                count,
+                &mut scan.keys,
+                &mut scan.values,
+                scan.count,
             );
             let (got, last) = match result {
                 Ok(result) => result,
                 // One hash bucket holds more than fits.
                 Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
-                    count *= 2;
-                    keys.resize(count * size_of::<K>(), 0);
-                    values.resize(count * size_of::<V>(), 0);
+                    scan.count *= 2;
                     continue;
                 }
                 Err(error) if matches!(error.raw_os_error(), Some(ENOTSUPP | libc::EOPNOTSUPP)) => {
+                    scan.over = true;
                     return self.dump_singly();
                 }
                 Err(error) => return Err(self.failed("BPF_MAP_LOOKUP_BATCH")(error)),
             };
-            let pairs = keys
+            scan.over = last;
+            let pairs = scan
+                .keys
                 .chunks_exact(size_of::<K>())
-                .zip(values.chunks_exact(size_of::<V>()));
-            entries.extend(pairs.take(got).filter_map(|(key, value)| {
-                Some((K::read_from_bytes(key).ok()?, V::read_from_bytes(value).ok()?))
-            }));
-            if last {
-                return Ok(entries);
-            }
+                .zip(scan.values.chunks_exact(size_of::<V>()));
+            return Ok(pairs
+                .take(got)
+                .filter_map(|(key, value)| {
+                    Some((K::read_from_bytes(key).ok()?, V::read_from_bytes(value).ok()?))
+                })
+                .collect());
         }
     }
 
