@@ -1,5 +1,6 @@
 //! Benchmarks beside a peer, in one run: `cargo xtask bench NAME [--json]`.
 
+mod embedded;
 mod failover;
 mod fanout;
 mod figure;
@@ -44,6 +45,8 @@ enum Name {
     Mapfill,
     /// Watch events from the API server to 500 TLS watchers: CPU, memory, latency (needs etcd).
     Fanout,
+    /// Puts to the embedded store: rate, latency, disk and memory (needs etcd).
+    Embedded,
     /// 50 clients list 500,000 keys in pages: throughput and the memory of what is listed (needs etcd).
     Lists,
 }
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Name::Mapfill => mapfill::run(),
         Name::Fanout => fanout::run(args.watchers),
         Name::Lists => lists::run(args.keys),
+        Name::Embedded => embedded::run(),
     };
     match figures {
         Ok(figures) => {

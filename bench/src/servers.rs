@@ -86,7 +86,7 @@ impl Certificates {
     }
 
     /// etcd's kind of client to a server with these certificates.
-    async fn client(&self, address: SocketAddr) -> Result<Client> {
+    pub async fn client(&self, address: SocketAddr) -> Result<Client> {
         let read = |file: &str| std::fs::read(self.path(file));
         let tls = TlsOptions::new()
             .ca_certificate(Certificate::from_pem(read("ca.crt")?))
@@ -104,7 +104,8 @@ impl Certificates {
 pub struct Process(Child);
 
 impl Process {
-    fn spawn(command: &mut Command, hint: &str) -> Result<Self> {
+    /// Starts `command`; `hint` says how to get the program.
+    pub fn spawn(command: &mut Command, hint: &str) -> Result<Self> {
         let child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -160,7 +161,7 @@ pub struct Etcd {
     /// Mutual TLS.
     pub address: SocketAddr,
     plain: SocketAddr,
-    _data: TempDir,
+    data: TempDir,
 }
 
 impl Etcd {
@@ -196,10 +197,15 @@ impl Etcd {
             process: Process::spawn(&mut command, "on Debian: apt-get install etcd-server")?,
             address,
             plain,
-            _data: data,
+            data,
         };
         until_answered("etcd", async || etcd.client().await?.get("x", None).await).await?;
         Ok(etcd)
+    }
+
+    /// Its data directory.
+    pub fn data(&self) -> &Path {
+        self.data.path()
     }
 
     /// A client without TLS, to write with.
@@ -265,7 +271,8 @@ impl Apiserver {
     }
 }
 
-async fn until_answered<T, E: Into<anyhow::Error>>(
+/// Waits until `call` succeeds.
+pub async fn until_answered<T, E: Into<anyhow::Error>>(
     what: &str,
     mut call: impl AsyncFnMut() -> std::result::Result<T, E>,
 ) -> Result<()> {
@@ -283,7 +290,7 @@ async fn until_answered<T, E: Into<anyhow::Error>>(
 }
 
 /// An address of loopback that was free a moment ago.
-fn free_address() -> Result<SocketAddr> {
+pub fn free_address() -> Result<SocketAddr> {
     let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
     if !address.ip().is_loopback() {
         bail!("{address} is not on loopback");
