@@ -40,6 +40,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::{metrics::EmbeddedMetrics, shared::Shared};
 use file::Opened;
 pub use refusal::Refusal;
+pub(crate) use select::holds_for;
 use state::Retention;
 pub use state::{Answer, Command};
 pub use task::{StoreError, Task};

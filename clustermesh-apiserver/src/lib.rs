@@ -18,7 +18,7 @@ pub mod store;
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context;
@@ -188,6 +188,11 @@ impl Bound {
             config.history,
             config.remote_history,
         );
+        // Later than anything that an earlier process, or another replica, counted: to each the other's revisions are the past
+        // or the future, never its own.
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let first_revision = i64::try_from(since_epoch.as_micros()).unwrap_or(1).max(1);
+        let store = store.counting_from(first_revision);
         let shared = Shared::new(store);
         let (source, embedded) = match source {
             Source::Etcd(etcd) => {

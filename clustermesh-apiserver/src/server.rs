@@ -15,19 +15,23 @@ mod calls;
 mod connection;
 mod drain;
 pub mod errors;
+mod face;
 mod kv;
 pub mod limits;
+pub mod locks;
 mod peer;
+mod refused;
 mod registry;
 mod replica;
 mod stream;
+pub mod txn;
 mod watch;
 mod write;
 
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use isthmus_model::ClusterName;
@@ -45,11 +49,13 @@ use crate::{
     embedded::Embedded,
     metrics::{Reason, ServerMetrics, Throttled},
     shared::Shared,
+    store::Route,
 };
 
 use account::Totals;
 use answers::Answers;
 use border::{Border, LogGate};
+use locks::Locks;
 pub use limits::ServerLimits;
 pub(crate) use peer::Peer;
 use registry::Registry;
@@ -74,6 +80,7 @@ pub(crate) struct Context {
     registry: Registry,
     totals: Arc<Totals>,
     answers: Answers,
+    locks: Locks,
     log: Mutex<LogGate<&'static str>>,
 }
 
@@ -180,7 +187,11 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) -> std::io::Result<()> {
     let begun = Instant::now();
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let first_revision = i64::try_from(since_epoch.as_micros()).unwrap_or(1).max(1);
+    let server_id = shared.read(|store| store.header(&Route::Merged).cluster_id);
     let context = Arc::new(Context {
+        locks: Locks::new(&cluster, server_id, first_revision, limits.locks.clone()),
         address: listener.local_addr()?,
         shared,
         metrics,
@@ -200,6 +211,7 @@ pub async fn serve(
     let _stop = stop.clone().drop_guard();
     let closing = stop.child_token();
     let connections = TaskTracker::new();
+    tokio::spawn(locks::expire(context.clone(), stop.clone()));
     let look_after = registry::look_after(context.clone(), tls.clone(), health.clone(), stop);
     tokio::spawn(look_after);
     let mut accepting = tokio::spawn(accept::accept(

@@ -96,6 +96,13 @@ impl Store {
         store
     }
 
+    /// The same empty store, whose merged view begins at `revision`.
+    pub fn counting_from(mut self, revision: i64) -> Self {
+        self.merged_revision = revision;
+        self.merged = History::new(revision);
+        self
+    }
+
     /// Makes room for a source. It serves as empty, under this server's ID, until it is listed.
     pub fn add_sub(&mut self, id: SubId) {
         let (server_id, epoch) = (self.server_id, self.merged_revision);

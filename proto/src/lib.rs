@@ -3,6 +3,10 @@
 //! The code in `gen` is made from the `.proto` files by `cargo xtask codegen` and committed, so that a build needs no protoc
 //! for it; a check fails when the two differ.
 
+/// Metadata of a call whose sender knows that a server may hold several sources, each under its own cluster ID, and wants to
+/// see those. Whoever does not say so is shown one ID on everything.
+pub const COMPOSITE: &str = "isthmus-composite";
+
 #[allow(missing_docs, clippy::all, rustdoc::all)]
 #[rustfmt::skip]
 #[path = "gen/etcdserverpb.rs"]

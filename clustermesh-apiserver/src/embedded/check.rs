@@ -21,7 +21,7 @@ pub const REQUEST_BYTES_MAX: usize = 1536 * 1024;
 const TTL_MAX: i64 = 9_000_000_000;
 
 /// Refuses what no state of the store would accept.
-pub(super) fn check(command: &Command) -> Result<(), Refusal> {
+pub fn check(command: &Command) -> Result<(), Refusal> {
     let len = match command {
         Command::Put(request) => {
             put(request)?;

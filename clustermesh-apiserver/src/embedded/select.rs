@@ -29,7 +29,21 @@ pub(super) fn range(content: &Content, revision: i64, request: &RangeRequest) ->
         return response;
     }
     let within = |at: i64, min: i64, max: i64| (min == 0 || at >= min) && (max == 0 || at <= max);
+    let (target, order) = (request.sort_target(), request.sort_order());
+    let limit = usize::try_from(request.limit).ok().filter(|limit| *limit > 0);
+    let filtered = [
+        request.min_mod_revision,
+        request.max_mod_revision,
+        request.min_create_revision,
+        request.max_create_revision,
+    ];
+    // As etcd does, before it sorts what has no order.
+    let look_at = match limit {
+        Some(limit) if order == SortOrder::None && filtered == [0; 4] => limit.saturating_add(1),
+        _ => usize::MAX,
+    };
     let mut page: Vec<KeyValue> = all()
+        .take(look_at)
         .map(|record| record.encoded.key_value())
         .filter(|kv| {
             within(
@@ -43,7 +57,6 @@ pub(super) fn range(content: &Content, revision: i64, request: &RangeRequest) ->
             )
         })
         .collect();
-    let (target, order) = (request.sort_target(), request.sort_order());
     if order != SortOrder::None || target != SortTarget::Key {
         // Equal ones stay in key order, also when descending.
         page.sort_by(|a, b| {
@@ -61,7 +74,7 @@ pub(super) fn range(content: &Content, revision: i64, request: &RangeRequest) ->
             }
         });
     }
-    if let Some(limit) = usize::try_from(request.limit).ok().filter(|limit| *limit > 0)
+    if let Some(limit) = limit
         && page.len() > limit
     {
         page.truncate(limit);
@@ -84,7 +97,8 @@ pub(super) fn holds(content: &Content, compare: &Compare) -> bool {
     keys.all(|record| holds_for(compare, &record.encoded.key_value()))
 }
 
-fn holds_for(compare: &Compare, kv: &KeyValue) -> bool {
+/// Whether the key holds to the comparison.
+pub(crate) fn holds_for(compare: &Compare, kv: &KeyValue) -> bool {
     let asked = compare.target_union.as_ref();
     let number = match asked {
         Some(

@@ -207,6 +207,15 @@ impl Default for State {
 }
 
 impl State {
+    /// An empty store whose revision is `revision`, which is positive.
+    pub fn beginning_at(revision: i64) -> Self {
+        Self {
+            revision,
+            compacted: revision - 1,
+            ..Self::default()
+        }
+    }
+
     /// Of the last change.
     pub fn revision(&self) -> i64 {
         self.revision

@@ -1,23 +1,25 @@
-//! The calls around reading that clients make: leases, status, members, authentication. Readers' leases never have keys, so
-//! nothing is kept about them; a writer's are the embedded store's.
+//! The calls around reading that clients make: leases, status, members, authentication. Readers' leases are kept with their
+//! locks ([`locks`](super::locks)); a writer's are the embedded store's.
 
 use std::{pin::Pin, sync::Arc};
 
 use futures::{Stream, StreamExt};
 use isthmus_proto::etcdserverpb::{
-    AlarmRequest, AlarmResponse, AuthenticateRequest, AuthenticateResponse, LeaseGrantRequest,
-    LeaseGrantResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseLeasesRequest,
-    LeaseLeasesResponse, LeaseRevokeRequest, LeaseRevokeResponse, LeaseTimeToLiveRequest,
-    LeaseTimeToLiveResponse, Member, MemberListRequest, MemberListResponse, ResponseHeader, StatusRequest,
-    StatusResponse, auth_server, cluster_server, lease_server, maintenance_server,
+    AlarmRequest, AlarmResponse, AuthStatusRequest, AuthStatusResponse, AuthenticateRequest,
+    AuthenticateResponse, LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest,
+    LeaseKeepAliveResponse, LeaseLeasesRequest, LeaseLeasesResponse, LeaseRevokeRequest, LeaseRevokeResponse,
+    LeaseStatus, LeaseTimeToLiveRequest, LeaseTimeToLiveResponse, Member, MemberListRequest,
+    MemberListResponse, ResponseHeader, StatusRequest, StatusResponse, alarm_request::AlarmAction,
+    auth_server, cluster_server, lease_server, maintenance_server,
 };
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Context, Peer, errors, write};
-use crate::store::{Route, SubId};
+use super::{Context, Peer, errors, locks::Locks, write};
+use crate::{
+    embedded::{Command, check::check},
+    store::{Route, SubId},
+};
 
-/// TTL of every lease, in seconds: that of Cilium's readers.
-const LEASE_TTL: i64 = 900;
 /// What Status says; Cilium 1.4 wants 3.1.0 or newer.
 const VERSION: &str = "3.5.0";
 
@@ -30,6 +32,13 @@ impl Calls {
             return Err(errors::permission_denied());
         }
         own_header(&self.0)
+    }
+
+    /// The sender's locks and leases, and its name for them.
+    fn locks<T>(&self, request: &Request<T>) -> Result<(&Locks, Arc<Peer>), Status> {
+        let peer = Peer::of(request)?;
+        let locks = self.0.locks_of(&peer).ok_or_else(errors::permission_denied)?;
+        Ok((locks, peer))
     }
 }
 
@@ -54,15 +63,18 @@ impl lease_server::Lease for Calls {
             return write::lease_grant(&self.0, embedded, request.into_inner()).await;
         }
         let header = self.header(&request)?;
+        let (locks, peer) = self.locks(&request)?;
         let request = request.into_inner();
         let id = match request.id {
             0 => rand::random_range(1..i64::MAX),
             id => id,
         };
+        check(&Command::Grant { id, ttl: request.ttl })?;
+        let ttl = locks.grant(&peer.name, id, request.ttl, self.0.now())?;
         Ok(Response::new(LeaseGrantResponse {
             header: Some(header),
             id,
-            ttl: request.ttl.max(LEASE_TTL),
+            ttl,
             error: String::new(),
         }))
     }
@@ -75,6 +87,8 @@ impl lease_server::Lease for Calls {
             return write::lease_revoke(&self.0, embedded, request.into_inner()).await;
         }
         let header = Some(self.header(&request)?);
+        let (locks, peer) = self.locks(&request)?;
+        locks.revoke(&peer.name, request.get_ref().id)?;
         Ok(Response::new(LeaseRevokeResponse { header }))
     }
 
@@ -91,11 +105,15 @@ impl lease_server::Lease for Calls {
             let answers = write::lease_keep_alive(context.clone(), embedded.clone(), request.into_inner());
             return Ok(Response::new(Box::pin(answers.take_until(stop))));
         }
+        let (_, peer) = self.locks(&request)?;
         let answers = request.into_inner().map(move |request| {
+            let id = request?.id;
+            let ttl = context.locks.keep_alive(&peer.name, id, context.now());
             Ok(LeaseKeepAliveResponse {
                 header: Some(own_header(&context)?),
-                id: request?.id,
-                ttl: LEASE_TTL,
+                id,
+                // 0 tells that there is none.
+                ttl: ttl.unwrap_or_default(),
             })
         });
         Ok(Response::new(Box::pin(answers.take_until(stop))))
@@ -109,12 +127,22 @@ impl lease_server::Lease for Calls {
         if let Some(embedded) = write::writer(&self.0, &request) {
             return write::lease_time_to_live(header, embedded, request.into_inner()).await;
         }
+        let (locks, peer) = self.locks(&request)?;
+        let request = request.into_inner();
+        let lease = locks.lease(&peer.name, request.id, self.0.now());
+        let (ttl, granted_ttl, mut keys) = match lease {
+            Some(lease) => (lease.left, lease.ttl, lease.keys),
+            None => (-1, 0, Vec::new()),
+        };
+        if !request.keys {
+            keys.clear();
+        }
         Ok(Response::new(LeaseTimeToLiveResponse {
             header,
-            id: request.into_inner().id,
-            ttl: LEASE_TTL,
-            granted_ttl: LEASE_TTL,
-            keys: Vec::new(),
+            id: request.id,
+            ttl,
+            granted_ttl,
+            keys,
         }))
     }
 
@@ -125,7 +153,11 @@ impl lease_server::Lease for Calls {
         let header = Some(self.header(&request)?);
         let leases = match write::writer(&self.0, &request) {
             Some(embedded) => write::leases(embedded).await?,
-            None => Vec::new(),
+            None => {
+                let (locks, peer) = self.locks(&request)?;
+                let ids = locks.leases(&peer.name);
+                ids.into_iter().map(|id| LeaseStatus { id }).collect()
+            }
         };
         Ok(Response::new(LeaseLeasesResponse { header, leases }))
     }
@@ -178,6 +210,10 @@ impl maintenance_server::Maintenance for Calls {
 
     async fn alarm(&self, request: Request<AlarmRequest>) -> Result<Response<AlarmResponse>, Status> {
         let header = self.header(&request)?;
+        let changes = request.get_ref().action != AlarmAction::Get as i32;
+        if changes && write::writer(&self.0, &request).is_none() {
+            return Err(errors::permission_denied());
+        }
         Ok(Response::new(write::alarm(&self.0, header, &request)))
     }
 }
@@ -189,5 +225,17 @@ impl auth_server::Auth for Calls {
         _: Request<AuthenticateRequest>,
     ) -> Result<Response<AuthenticateResponse>, Status> {
         Err(errors::no_authentication())
+    }
+
+    async fn auth_status(
+        &self,
+        request: Request<AuthStatusRequest>,
+    ) -> Result<Response<AuthStatusResponse>, Status> {
+        Ok(Response::new(AuthStatusResponse {
+            header: Some(self.header(&request)?),
+            // There are no passwords; certificates decide.
+            enabled: false,
+            auth_revision: 1,
+        }))
     }
 }

@@ -17,7 +17,7 @@ use tonic::{Status, codegen::Service, service::Routes};
 
 use crate::metrics::ServerMetrics;
 
-use super::{Peer, account::Metered, answers::Large, limits::ServerLimits};
+use super::{Peer, account::Metered, answers::Large, limits::ServerLimits, refused};
 
 /// Bytes of a stream's requests that may wait to be read.
 const STREAM_WINDOW: u32 = 48 * 1024;
@@ -69,10 +69,14 @@ pub(super) async fn serve<S>(
         let (peer, denied) = (peer.clone(), metrics.denied_requests.clone());
         move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(peer.clone());
+            let refused = refused::refusal(request.uri().path(), &peer);
             let answer = routes.clone().call(request);
             let (account, denied) = (peer.account.clone(), denied.clone());
             async move {
-                let mut answer = answer.await?;
+                let mut answer = match refused {
+                    Some(status) => status.into_http(),
+                    None => answer.await?,
+                };
                 // An answer that is an error has its code in the header.
                 let code = answer.headers().get(Status::GRPC_STATUS);
                 if code.is_some_and(|code| code.as_bytes() == PERMISSION_DENIED) {

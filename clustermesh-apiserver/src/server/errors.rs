@@ -55,6 +55,14 @@ pub fn answer_too_large(bytes: usize, limit: usize, page: usize) -> Status {
     ))
 }
 
+/// A transaction that asks for too much.
+pub fn txn(error: super::txn::TxnError) -> Status {
+    match error {
+        super::txn::TxnError::Range(error) => out_of_range(error),
+        error @ super::txn::TxnError::TooLarge => Status::invalid_argument(error.to_string()),
+    }
+}
+
 /// A revision that cannot be read.
 pub fn out_of_range(error: crate::store::RangeError) -> Status {
     Status::out_of_range(error.to_string())

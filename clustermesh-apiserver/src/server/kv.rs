@@ -1,47 +1,153 @@
-//! The KV service: Range, and writes for those who may ([`write`](super::write)).
+//! The KV service: Range, transactions that read, locks of readers ([`locks`](super::locks)), and writes for those who may
+//! ([`write`](super::write)).
 
 use std::sync::Arc;
 
 use isthmus_proto::etcdserverpb::{
     CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse,
-    RangeRequest, RangeResponse, TxnRequest, TxnResponse, kv_server,
+    RangeRequest, RangeResponse, ResponseHeader, TxnRequest, TxnResponse, kv_server,
     range_request::{SortOrder, SortTarget},
 };
 use isthmus_tls::rights::KeyRange;
 use prost::Message;
 use tonic::{Request, Response, Status};
 
-use super::{Context, Peer, errors, write};
-use crate::store::RangeError;
+use super::{
+    Context, Peer, errors,
+    face::Face,
+    locks::Locks,
+    txn::{self, Budget},
+    write,
+};
+use crate::{
+    embedded::{Answer, Command, check::check},
+    store::{RangeError, Route, SubId},
+};
 
 /// Keys of a page as etcd's and Cilium's readers ask for them; a page is answered whatever its size.
 const PAGE: usize = 256;
+/// Keys that a transaction may look at.
+const TXN_KEYS_MAX: usize = 100_000;
 
 pub(super) struct Kv(pub(super) Arc<Context>);
 
 impl Kv {
     fn read(
         &self,
+        face: Face,
         range: &KeyRange,
         request: &RangeRequest,
     ) -> Result<Result<RangeResponse, RangeError>, Status> {
         self.0.shared.read(|store| {
             let route = store.route(range);
-            if !store.is_served(&route) {
+            if !face.is_served(store, &route) {
                 Err(errors::no_leader())
             } else if store.is_incomplete(range) {
                 Err(errors::incomplete())
             } else {
-                Ok(store.range(&route, request))
+                let mut answer = store.range(&route, request);
+                if let Ok(RangeResponse {
+                    header: Some(header), ..
+                }) = &mut answer
+                {
+                    face.show(store, header);
+                }
+                Ok(answer)
             }
         })
     }
+
+    /// A header of the locks at `revision`, as the client is to see it.
+    fn lock_header(&self, face: Face, locks: &Locks, revision: i64) -> Result<ResponseHeader, Status> {
+        let mut header = ResponseHeader {
+            revision,
+            ..locks.header()
+        };
+        self.0.shared.read(|store| {
+            if !face.is_served(store, &Route::Sub(SubId::Own)) {
+                return Err(errors::no_leader());
+            }
+            face.show(store, &mut header);
+            Ok(header)
+        })
+    }
+
+    fn lock_write(
+        &self,
+        peer: &Peer,
+        face: Face,
+        locks: &Locks,
+        command: &Command,
+    ) -> Result<Answer, Status> {
+        let mut answer = locks.write(&peer.name, command)?;
+        let header = match &mut answer {
+            Answer::Put(response) => &mut response.header,
+            Answer::Delete(response) => &mut response.header,
+            Answer::Txn(response) => &mut response.header,
+            Answer::Done { .. } => return Ok(answer),
+        };
+        let revision = header.as_ref().map_or(0, |header| header.revision);
+        *header = Some(self.lock_header(face, locks, revision)?);
+        Ok(answer)
+    }
+
+    fn lock_range(&self, face: Face, locks: &Locks, request: &RangeRequest) -> Result<RangeResponse, Status> {
+        let own = Route::Sub(SubId::Own);
+        let answer = locks.shared.read(|store| store.range(&own, request));
+        let mut answer = answer.map_err(errors::out_of_range)?;
+        let revision = answer.header.as_ref().map_or(0, |header| header.revision);
+        answer.header = Some(self.lock_header(face, locks, revision)?);
+        Ok(answer)
+    }
+
+    /// A transaction that only reads.
+    async fn read_txn(
+        &self,
+        peer: &Peer,
+        face: Face,
+        request: &TxnRequest,
+    ) -> Result<Response<TxnResponse>, Status> {
+        let may_read = &mut |range: &KeyRange| range.is_empty() || peer.may_read(range);
+        if peer.rights.is_none() || !txn::reads_only(request, may_read) {
+            return Err(errors::permission_denied());
+        }
+        self.0.list_turn(peer).await?;
+        let budget = Budget {
+            keys: TXN_KEYS_MAX,
+            bytes: self.0.limits.answer_bytes,
+        };
+        let answer = self.0.shared.read(|store| {
+            let route = txn::route(store, request, Route::Sub(SubId::Own));
+            if !face.is_served(store, &route) {
+                return Err(errors::no_leader());
+            }
+            if !txn::reads_only(request, &mut |range| !store.is_incomplete(range)) {
+                return Err(errors::incomplete());
+            }
+            let mut answer = txn::answer(store, &route, request, budget).map_err(errors::txn)?;
+            if let Some(header) = &mut answer.header {
+                face.show(store, header);
+            }
+            Ok(answer)
+        })?;
+        let place = self.0.list_answer(peer, 0, answer.encoded_len()).await?;
+        let mut response = Response::new(answer);
+        if let Some(place) = place {
+            response.extensions_mut().insert(place);
+        }
+        Ok(response)
+    }
+}
+
+/// What an answer of another kind than its question's would be.
+fn mismatch() -> Status {
+    Status::internal("the answer is none to this call")
 }
 
 #[tonic::async_trait]
 impl kv_server::Kv for Kv {
     async fn range(&self, request: Request<RangeRequest>) -> Result<Response<RangeResponse>, Status> {
-        let peer = Peer::of(&request)?;
+        let (peer, face) = (Peer::of(&request)?, Face::of(&request));
         let request = request.into_inner();
         if request.key.is_empty() {
             return Err(errors::empty_key());
@@ -58,18 +164,21 @@ impl kv_server::Kv for Kv {
         } else {
             range.clone()
         };
+        if let Some(locks) = self.0.locks_in(&peer, &asked) {
+            return self.lock_range(face, locks, &request).map(Response::new);
+        }
         if !peer.may_read(&asked) {
             return Err(errors::permission_denied());
         }
         self.0.list_turn(&peer).await?;
         self.0.metrics.ranges.inc();
         let mut changes = self.0.shared.changes();
-        let mut answer = self.read(&range, &request)?;
+        let mut answer = self.read(face, &range, &request)?;
         if answer == Err(RangeError::Future) {
             // A reader that comes from another replica may be some milliseconds ahead of this one.
             let reached = async {
                 while answer == Err(RangeError::Future) && changes.changed().await.is_ok() {
-                    answer = self.read(&range, &request)?;
+                    answer = self.read(face, &range, &request)?;
                 }
                 Ok::<_, Status>(())
             };
@@ -92,18 +201,58 @@ impl kv_server::Kv for Kv {
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
-        write::put(&self.0, request).await
+        let (peer, face) = (Peer::of(&request)?, Face::of(&request));
+        let key = KeyRange::from_etcd(&request.get_ref().key, &[]);
+        let Some(locks) = self.0.locks_in(&peer, &key) else {
+            return write::put(&self.0, request).await;
+        };
+        match self.lock_write(&peer, face, locks, &Command::Put(request.into_inner()))? {
+            Answer::Put(response) => Ok(Response::new(response)),
+            _ => Err(mismatch()),
+        }
     }
 
     async fn delete_range(
         &self,
         request: Request<DeleteRangeRequest>,
     ) -> Result<Response<DeleteRangeResponse>, Status> {
-        write::delete_range(&self.0, request).await
+        let (peer, face) = (Peer::of(&request)?, Face::of(&request));
+        let range = KeyRange::from_etcd(&request.get_ref().key, &request.get_ref().range_end);
+        let Some(locks) = self.0.locks_in(&peer, &range) else {
+            return write::delete_range(&self.0, request).await;
+        };
+        match self.lock_write(&peer, face, locks, &Command::Delete(request.into_inner()))? {
+            Answer::Delete(response) => Ok(Response::new(response)),
+            _ => Err(mismatch()),
+        }
     }
 
     async fn txn(&self, request: Request<TxnRequest>) -> Result<Response<TxnResponse>, Status> {
-        write::txn(&self.0, request).await
+        if write::writer(&self.0, &request).is_some() {
+            return write::txn(&self.0, request).await;
+        }
+        let (peer, face) = (Peer::of(&request)?, Face::of(&request));
+        if peer.rights.is_none() {
+            return Err(errors::permission_denied());
+        }
+        let command = Command::Txn(request.into_inner());
+        check(&command)?;
+        let Command::Txn(request) = &command else {
+            return Err(mismatch());
+        };
+        let reads_nothing =
+            request.compare.is_empty() && request.success.is_empty() && request.failure.is_empty();
+        let locks = self
+            .0
+            .locks_of(&peer)
+            .filter(|locks| !reads_nothing && locks.concerns(request));
+        let Some(locks) = locks else {
+            return self.read_txn(&peer, face, request).await;
+        };
+        match self.lock_write(&peer, face, locks, &command)? {
+            Answer::Txn(response) => Ok(Response::new(response)),
+            _ => Err(mismatch()),
+        }
     }
 
     async fn compact(

@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+pub use super::locks::LockLimits;
+
 use super::bucket::Rate;
 
 const MIB: u64 = 1024 * 1024;
@@ -38,7 +40,7 @@ pub struct ServerLimits {
     pub answer_bytes_in_flight: usize,
     /// Keys in answers to Range, over a connection.
     pub list_keys: Rate,
-    /// Their bytes.
+    /// Their bytes. The burst is all that a large cluster has; nobody needs that again and again.
     pub list_bytes: Rate,
     /// Keys in answers to Range, over all connections of a client.
     pub client_list_keys: Rate,
@@ -57,6 +59,11 @@ pub struct ServerLimits {
     pub progress_interval: Duration,
     /// How long a read of a revision that another replica has seen already waits for it.
     pub future_revision_wait: Duration,
+    /// How long a watch waits for a start in the future, where that may be one of another history, before its client is told to
+    /// list.
+    pub future_watch_wait: Duration,
+    /// Leases and locks of readers.
+    pub locks: LockLimits,
     /// From the first sign of shutdown until no connection is accepted any longer: a load balancer notices meanwhile.
     pub shutdown_grace: Duration,
     /// After that, clients are sent away over so long a time, not all at once.
@@ -85,7 +92,10 @@ impl Default for ServerLimits {
             answer_bytes: 64 * MIB as usize,
             answer_bytes_in_flight: 512 * MIB as usize,
             list_keys: Rate::over(500_000, 4),
-            list_bytes: Rate::over(256 * MIB, 4),
+            list_bytes: Rate {
+                per_second: 32 * MIB,
+                burst: 256 * MIB,
+            },
             client_list_keys: Rate::over(10_000_000, 4),
             patience: Duration::from_secs(5),
             pending_bytes: 4 * MIB as usize,
@@ -94,6 +104,8 @@ impl Default for ServerLimits {
             handshake_timeout: Duration::from_secs(10),
             progress_interval: Duration::from_secs(5),
             future_revision_wait: Duration::from_millis(250),
+            future_watch_wait: Duration::from_secs(5),
+            locks: LockLimits::default(),
             shutdown_grace: Duration::from_secs(3),
             shutdown_spread: Duration::from_secs(1),
             shutdown_timeout: Duration::from_secs(10),

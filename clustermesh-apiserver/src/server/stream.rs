@@ -15,39 +15,63 @@ use isthmus_proto::etcdserverpb::{
     watch_request::RequestUnion,
 };
 use isthmus_tls::rights::KeyRange;
-use tokio::time::{Interval, MissedTickBehavior, interval};
+use tokio::time::{Instant, Interval, MissedTickBehavior, Sleep, interval, sleep_until};
 use tokio_stream::wrappers::WatchStream as Changes;
 use tonic::{Status, Streaming};
 
-use super::{Context, Peer, errors, watch::Frame};
-use crate::store::{Cursor, Next, Route, WatchStart};
+use super::{Context, Peer, errors, face::Face, watch::Frame};
+use crate::{
+    shared::Shared,
+    store::{Cursor, Next, Route, Store, SubId, WatchStart},
+};
 
 /// Answers that wait to be sent; while there are this many, no request is read.
 const CONTROL_MAX: usize = 64;
 /// What etcd answers for a watch that was not made.
 const NO_WATCH: i64 = -1;
+/// What etcd sends a notification to that concerns all watches.
+const ALL_WATCHES: i64 = -1;
+/// A response of so many bytes is split for a watch that asked for fragments: etcd's limit of a request, and what it adds for
+/// gRPC.
+const FRAGMENT_LEN: usize = 2 * 1024 * 1024;
 
 struct Watch {
     cursor: Cursor,
+    /// Of locks, which are a store of their own.
+    of_locks: bool,
     progress_notify: bool,
+    fragment: bool,
     /// It is in the queue.
     queued: bool,
-    /// A progress notification was asked for while it had something to say.
-    progress_due: bool,
+}
+
+/// What a stream needs once it has a watch of locks.
+struct LockWatches {
+    changes: Changes<i64>,
+    ids: Vec<i64>,
 }
 
 pub(super) struct WatchStream {
     context: Arc<Context>,
     peer: Arc<Peer>,
+    face: Face,
     requests: Streaming<WatchRequest>,
     /// Also wakes when the server stops.
     changes: Changes<i64>,
     /// Runs once a watch wants to be told of progress.
     ticker: Option<Interval>,
+    /// What is left of a message that was split. Nothing comes between.
+    fragments: VecDeque<Frame>,
     /// Answers to requests, oldest first.
     control: VecDeque<Frame>,
+    /// Progress was asked for. The answer follows what there is to say.
+    progress_asked: bool,
     watches: BTreeMap<i64, Watch>,
     by_route: HashMap<Route, Vec<i64>>,
+    locks: Option<LockWatches>,
+    /// Watches whose start lies in the future of what may be another history, and when that is not waited for any longer.
+    futures: VecDeque<(Instant, i64)>,
+    future_ends: Option<Pin<Box<Sleep>>>,
     /// Watches that may have something to say.
     queue: VecDeque<i64>,
     next_id: i64,
@@ -57,16 +81,27 @@ pub(super) struct WatchStream {
 }
 
 impl WatchStream {
-    pub(super) fn new(context: Arc<Context>, peer: Arc<Peer>, requests: Streaming<WatchRequest>) -> Self {
+    pub(super) fn new(
+        context: Arc<Context>,
+        peer: Arc<Peer>,
+        face: Face,
+        requests: Streaming<WatchRequest>,
+    ) -> Self {
         context.metrics.streams.inc();
         Self {
             peer,
+            face,
             requests,
             changes: Changes::from_changes(context.shared.changes()),
             ticker: None,
+            fragments: VecDeque::new(),
             control: VecDeque::new(),
+            progress_asked: false,
             watches: BTreeMap::new(),
             by_route: HashMap::new(),
+            locks: None,
+            futures: VecDeque::new(),
+            future_ends: None,
             queue: VecDeque::new(),
             next_id: 0,
             seen: context.shared.read(|store| store.merged_revision()),
@@ -80,10 +115,7 @@ impl WatchStream {
             Some(RequestUnion::CreateRequest(create)) => self.create(create)?,
             Some(RequestUnion::CancelRequest(cancel)) => {
                 if let Some(watch) = self.remove(cancel.watch_id) {
-                    let header = self
-                        .context
-                        .shared
-                        .read(|store| store.header(watch.cursor.route()));
+                    let header = self.header(watch.of_locks, watch.cursor.route());
                     self.control.push_back(Frame::control(WatchResponse {
                         header: Some(header),
                         watch_id: cancel.watch_id,
@@ -92,10 +124,32 @@ impl WatchStream {
                     }));
                 }
             }
-            Some(RequestUnion::ProgressRequest(_)) => self.progress(true),
+            Some(RequestUnion::ProgressRequest(_)) => self.progress_asked = true,
             None => {}
         }
         Ok(())
+    }
+
+    /// The store that holds what a watch watches.
+    fn store(&self, of_locks: bool) -> &Shared {
+        if of_locks {
+            &self.context.locks.shared
+        } else {
+            &self.context.shared
+        }
+    }
+
+    /// A header of the view, as it is now, as the client is to see it.
+    fn header(&self, of_locks: bool, route: &Route) -> ResponseHeader {
+        let header = self.store(of_locks).read(|store| store.header(route));
+        self.shown(header)
+    }
+
+    fn shown(&self, mut header: ResponseHeader) -> ResponseHeader {
+        self.context
+            .shared
+            .read(|store| self.face.show(store, &mut header));
+        header
     }
 
     fn create(&mut self, mut create: WatchCreateRequest) -> Result<(), Status> {
@@ -104,9 +158,14 @@ impl WatchStream {
             create.key = Bytes::from_static(b"\0");
         }
         let range = KeyRange::from_etcd(&create.key, &create.range_end);
+        let of_locks = self.context.locks_in(&self.peer, &range).is_some();
         let route = self.context.shared.read(|store| {
-            let route = store.route(&range);
-            store.is_served(&route).then_some(route)
+            let route = if of_locks {
+                Route::Sub(SubId::Own)
+            } else {
+                store.route(&range)
+            };
+            self.face.is_served(store, &route).then_some(route)
         });
         let Some(route) = route else {
             return Err(errors::no_leader());
@@ -114,7 +173,7 @@ impl WatchStream {
         let asked_id = create.watch_id;
         let refusal = if range.is_empty() {
             "mvcc: watcher range is empty".to_owned()
-        } else if !self.peer.may_read(&range) {
+        } else if !of_locks && !self.peer.may_read(&range) {
             self.context.metrics.denied.inc();
             format!(
                 "rpc error: code = PermissionDenied desc = {}",
@@ -122,13 +181,16 @@ impl WatchStream {
             )
         } else if asked_id != 0 && self.watches.contains_key(&asked_id) {
             "mvcc: duplicate watch ID provided on the WatchStream".to_owned()
+        } else if !of_locks && self.context.shared.read(|store| store.is_incomplete(&range)) {
+            // What it would have to be told is not known here yet.
+            errors::incomplete().message().to_owned()
         } else if !self.context.take_watch(&self.peer) {
             errors::TOO_MANY_REQUESTS.to_owned()
         } else {
             String::new()
         };
         if !refusal.is_empty() {
-            let header = self.context.shared.read(|store| store.header(&route));
+            let header = self.header(of_locks, &route);
             self.control.push_back(Frame::control(WatchResponse {
                 header: Some(header),
                 watch_id: NO_WATCH,
@@ -147,21 +209,36 @@ impl WatchStream {
             prev_kv: create.prev_kv,
             range,
         };
-        let (cursor, header) = self.context.shared.read(|store| store.watch(start));
+        let (cursor, header) = self.store(of_locks).read(|store| store.watch(start));
         let id = if asked_id != 0 { asked_id } else { self.free_id() };
         if create.progress_notify && self.ticker.is_none() {
             let mut ticker = interval(self.context.limits.progress_interval);
             ticker.set_missed_tick_behavior(MissedTickBehavior::Delay);
             self.ticker = Some(ticker);
         }
-        self.by_route.entry(cursor.route().clone()).or_default().push(id);
+        let may_be_deaf = of_locks || self.face.doubts_future(cursor.route());
+        if may_be_deaf && create.start_revision > header.revision + 1 {
+            self.await_future(id);
+        }
+        let header = self.shown(header);
+        if of_locks {
+            let locks = &self.context.locks.shared;
+            let watches = self.locks.get_or_insert_with(|| LockWatches {
+                changes: Changes::from_changes(locks.changes()),
+                ids: Vec::new(),
+            });
+            watches.ids.push(id);
+        } else {
+            self.by_route.entry(cursor.route().clone()).or_default().push(id);
+        }
         self.watches.insert(
             id,
             Watch {
                 cursor,
+                of_locks,
                 progress_notify: create.progress_notify,
+                fragment: create.fragment,
                 queued: true,
-                progress_due: false,
             },
         );
         self.queue.push_back(id);
@@ -186,7 +263,11 @@ impl WatchStream {
 
     fn remove(&mut self, id: i64) -> Option<Watch> {
         let watch = self.watches.remove(&id)?;
-        if let Some(ids) = self.by_route.get_mut(watch.cursor.route()) {
+        if watch.of_locks {
+            self.locks
+                .iter_mut()
+                .for_each(|locks| locks.ids.retain(|other| *other != id));
+        } else if let Some(ids) = self.by_route.get_mut(watch.cursor.route()) {
             ids.retain(|other| *other != id);
             if ids.is_empty() {
                 self.by_route.remove(watch.cursor.route());
@@ -197,31 +278,81 @@ impl WatchStream {
         Some(watch)
     }
 
+    /// Begins to wait for the start of a watch, not for long.
+    fn await_future(&mut self, id: i64) {
+        let ends = Instant::now() + self.context.limits.future_watch_wait;
+        self.futures.push_back((ends, id));
+        if self.future_ends.is_none() {
+            self.future_ends = Some(Box::pin(sleep_until(ends)));
+        }
+    }
+
+    /// Ends the oldest of the watches that wait for a start in the future, unless it has been reached meanwhile.
+    fn end_future(&mut self) {
+        if let Some((_, id)) = self.futures.pop_front()
+            && let Some(watch) = self.watches.get(&id)
+            && let Some(header) = self
+                .store(watch.of_locks)
+                .read(|store| store.future_of(&watch.cursor))
+        {
+            self.end(id, header, header.revision.max(1));
+        }
+        self.future_ends = self.futures.front().map(|(ends, _)| Box::pin(sleep_until(*ends)));
+    }
+
+    /// Ends a watch whose next events cannot be told: its client has to list.
+    fn end(&mut self, id: i64, header: ResponseHeader, compact_revision: i64) {
+        self.remove(id);
+        self.context.metrics.compacted.inc();
+        let header = self.shown(header);
+        self.control.push_back(Frame::control(WatchResponse {
+            header: Some(header),
+            watch_id: id,
+            canceled: true,
+            compact_revision,
+            ..Default::default()
+        }));
+    }
+
     /// Queues the watches that the changes since the last time concern.
     fn on_changes(&mut self) {
         let context = self.context.clone();
-        context.shared.read(|store| {
-            let merged = self.by_route.get(&Route::Merged).into_iter().flatten();
-            let ids: Vec<i64> = match store.changed_since(self.seen) {
-                Some(subs) => subs
-                    .into_iter()
-                    .flatten()
-                    .filter_map(|id| self.by_route.get(&Route::Sub(id.clone())))
-                    .flatten()
-                    .chain(merged)
-                    .copied()
-                    .collect(),
-                None => self.watches.keys().copied().collect(),
-            };
-            self.seen = store.merged_revision();
-            for id in ids {
-                if let Some(watch) = self.watches.get_mut(&id)
-                    && !std::mem::replace(&mut watch.queued, true)
-                {
-                    self.queue.push_back(id);
-                }
-            }
-        });
+        context.shared.read(|store| self.queue_changed(store));
+    }
+
+    fn queue_changed(&mut self, store: &Store) {
+        if store.merged_revision() == self.seen {
+            return;
+        }
+        let merged = self.by_route.get(&Route::Merged).into_iter().flatten();
+        let ids: Vec<i64> = match store.changed_since(self.seen) {
+            Some(subs) => subs
+                .into_iter()
+                .flatten()
+                .filter_map(|id| self.by_route.get(&Route::Sub(id.clone())))
+                .flatten()
+                .chain(merged)
+                .copied()
+                .collect(),
+            None => self.by_route.values().flatten().copied().collect(),
+        };
+        self.seen = store.merged_revision();
+        ids.into_iter().for_each(|id| self.enqueue(id));
+    }
+
+    fn enqueue(&mut self, id: i64) {
+        if let Some(watch) = self.watches.get_mut(&id)
+            && !std::mem::replace(&mut watch.queued, true)
+        {
+            self.queue.push_back(id);
+        }
+    }
+
+    fn on_lock_changes(&mut self) {
+        let ids = self.locks.iter().flat_map(|locks| locks.ids.clone());
+        ids.collect::<Vec<_>>()
+            .into_iter()
+            .for_each(|id| self.enqueue(id));
     }
 
     /// What the next queued watch has to say.
@@ -231,84 +362,112 @@ impl WatchStream {
             let Some(watch) = self.watches.get_mut(&id) else {
                 continue;
             };
-            match self.context.shared.read(|store| store.next(&mut watch.cursor)) {
-                None => {
-                    self.told_all(id);
-                    if let Some(progress) = self.control.pop_front() {
-                        return Some(progress);
-                    }
+            let (of_locks, fragment, face) = (watch.of_locks, watch.fragment, self.face);
+            let next = |store: &Store| {
+                let mut next = store.next(&mut watch.cursor);
+                if let Some(Next::Events { header, .. }) = &mut next
+                    && !of_locks
+                {
+                    face.show(store, header);
                 }
+                next
+            };
+            let shared = if of_locks {
+                &self.context.locks.shared
+            } else {
+                &self.context.shared
+            };
+            match shared.read(next) {
+                None => watch.queued = false,
                 Some(Next::Events { header, events, more }) => {
+                    watch.queued = more;
                     if more {
                         // Others come first.
                         self.queue.push_back(id);
-                    } else {
-                        self.told_all(id);
                     }
                     self.context.metrics.events.inc_by(events.len() as u64);
+                    let header = if of_locks { self.shown(header) } else { header };
                     let head = WatchResponse {
                         header: Some(header),
                         watch_id: id,
                         ..Default::default()
                     };
-                    return Some(Frame { head, events });
+                    let frame = Frame { head, events };
+                    if fragment {
+                        self.fragments = frame.into_fragments(FRAGMENT_LEN);
+                        return self.fragments.pop_front();
+                    }
+                    return Some(frame);
                 }
                 Some(Next::Compacted {
                     header,
                     compact_revision,
                 }) => {
-                    self.remove(id);
-                    self.context.metrics.compacted.inc();
-                    return Some(Frame::control(WatchResponse {
-                        header: Some(header),
-                        watch_id: id,
-                        canceled: true,
-                        compact_revision,
-                        cancel_reason: "mvcc: required revision has been compacted".to_owned(),
-                        ..Default::default()
-                    }));
+                    self.end(id, header, compact_revision);
+                    return self.control.pop_front();
                 }
             }
         }
         None
     }
 
-    /// The watch leaves the queue; if progress was asked for meanwhile, the answer follows what it said last.
-    fn told_all(&mut self, id: i64) {
-        let Some(watch) = self.watches.get_mut(&id) else {
-            return;
-        };
-        watch.queued = false;
-        if std::mem::take(&mut watch.progress_due) {
-            let shared = &self.context.shared;
-            let header = shared.read(|store| store.progress(&mut watch.cursor, true));
-            let frame = header.map(|header| progress_frame(header, id));
-            self.control.extend(frame);
-        }
-    }
-
     /// Tells watches that have seen everything how far that is: all of them if `asked`, else those that wanted to be told.
+    /// While one of those that are asked about has something to say, nothing is said about any: it is asked again then.
     fn progress(&mut self, asked: bool) {
         let context = self.context.clone();
         context.shared.read(|store| {
-            for (id, watch) in &mut self.watches {
-                if watch.queued {
-                    watch.progress_due |= asked;
-                    continue;
+            // First, so that who is not in the queue has seen all that there is now.
+            self.queue_changed(store);
+            if asked && !self.queue.is_empty() {
+                return;
+            }
+            if asked
+                && let Some(route) = self.one_view()
+            {
+                for watch in self.watches.values_mut() {
+                    // One that has not begun yet is not told more by this.
+                    let _ = store.progress(&mut watch.cursor, true);
                 }
-                if !(asked || watch.progress_notify) {
-                    continue;
-                }
-                if let Some(header) = store.progress(&mut watch.cursor, asked) {
-                    self.control.push_back(progress_frame(header, *id));
-                }
+                self.say_progress(store, store.header(&route), ALL_WATCHES);
+            } else {
+                let due = self.watches.iter_mut().filter_map(|(id, watch)| {
+                    let wanted = asked || watch.progress_notify;
+                    if watch.queued || watch.of_locks || !wanted {
+                        return None;
+                    }
+                    Some((store.progress(&mut watch.cursor, asked)?, *id))
+                });
+                let due: Vec<_> = due.collect();
+                due.into_iter()
+                    .for_each(|(header, id)| self.say_progress(store, header, id));
+            }
+            if asked {
+                self.progress_asked = false;
             }
         });
     }
 
+    /// The view that all watches are of, for a client that takes this server for one etcd: one message tells it about all.
+    fn one_view(&self) -> Option<Route> {
+        let mut routes = self.by_route.keys();
+        let first = routes.next().cloned().unwrap_or(Route::Sub(SubId::Own));
+        let locks = self.locks.as_ref().is_some_and(|locks| !locks.ids.is_empty());
+        (self.face == Face::One && !locks && routes.next().is_none()).then_some(first)
+    }
+
+    fn say_progress(&mut self, store: &Store, mut header: ResponseHeader, watch_id: i64) {
+        self.face.show(store, &mut header);
+        self.control.push_back(Frame::control(WatchResponse {
+            header: Some(header),
+            watch_id,
+            ..Default::default()
+        }));
+    }
+
     fn poll(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Frame, Status>>> {
         loop {
-            if let Some(frame) = self.control.pop_front() {
+            let next = self.fragments.pop_front();
+            if let Some(frame) = next.or_else(|| self.control.pop_front()) {
                 return Poll::Ready(Some(Ok(frame)));
             }
             let mut requests_pending = false;
@@ -331,6 +490,10 @@ impl WatchStream {
             if let Some(frame) = self.next_events() {
                 return Poll::Ready(Some(Ok(frame)));
             }
+            if self.progress_asked {
+                self.progress(true);
+                continue;
+            }
             if self.peer.leaves() {
                 // What has changed since the last look is still said.
                 self.on_changes();
@@ -347,6 +510,18 @@ impl WatchStream {
                 Poll::Ready(None) => return Poll::Ready(Some(Err(errors::stopped()))),
                 Poll::Pending => {}
             }
+            if let Some(locks) = &mut self.locks
+                && Pin::new(&mut locks.changes).poll_next(cx).is_ready()
+            {
+                self.on_lock_changes();
+                continue;
+            }
+            if let Some(ends) = &mut self.future_ends
+                && ends.as_mut().poll(cx).is_ready()
+            {
+                self.end_future();
+                continue;
+            }
             if let Some(ticker) = &mut self.ticker
                 && ticker.poll_tick(cx).is_ready()
             {
@@ -356,14 +531,6 @@ impl WatchStream {
             return Poll::Pending;
         }
     }
-}
-
-fn progress_frame(header: ResponseHeader, watch_id: i64) -> Frame {
-    Frame::control(WatchResponse {
-        header: Some(header),
-        watch_id,
-        ..Default::default()
-    })
 }
 
 impl Stream for WatchStream {

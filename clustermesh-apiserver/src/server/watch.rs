@@ -1,7 +1,7 @@
 //! The Watch service. Events go to the wire as they were encoded once, which the generated service cannot do: its messages
 //! are encoded anew for each stream.
 
-use std::{convert::Infallible, sync::Arc};
+use std::{collections::VecDeque, convert::Infallible, sync::Arc};
 
 use bytes::{BufMut, Bytes};
 use isthmus_proto::etcdserverpb::{WatchRequest, WatchResponse};
@@ -13,7 +13,7 @@ use tonic::{
     server::{Grpc, NamedService, StreamingService},
 };
 
-use super::{Context, Peer, stream::WatchStream};
+use super::{Context, Peer, face::Face, stream::WatchStream};
 
 const SERVICE: &str = "etcdserverpb.Watch";
 const METHOD: &str = "/etcdserverpb.Watch/Watch";
@@ -43,6 +43,44 @@ impl Frame {
             events: Vec::new(),
         }
     }
+
+    fn encoded_len(&self) -> usize {
+        self.head.encoded_len() + self.events.iter().map(Bytes::len).sum::<usize>()
+    }
+
+    /// Splits a frame of `limit` bytes or more, as etcd does: an event stays whole, and all parts but the last say that more
+    /// follows.
+    pub(super) fn into_fragments(self, limit: usize) -> VecDeque<Self> {
+        if self.events.len() < 2 || self.encoded_len() < limit {
+            return VecDeque::from([self]);
+        }
+        let head = WatchResponse {
+            fragment: true,
+            ..self.head
+        };
+        let head_len = head.encoded_len();
+        let mut fragments: VecDeque<Self> = VecDeque::new();
+        let mut len = 0;
+        for event in self.events {
+            match fragments.back_mut() {
+                Some(last) if len + event.len() < limit => {
+                    len += event.len();
+                    last.events.push(event);
+                }
+                _ => {
+                    len = head_len + event.len();
+                    fragments.push_back(Self {
+                        head: head.clone(),
+                        events: vec![event],
+                    });
+                }
+            }
+        }
+        if let Some(last) = fragments.back_mut() {
+            last.head.fragment = false;
+        }
+        fragments
+    }
 }
 
 struct WatchCodec;
@@ -69,8 +107,7 @@ impl Encoder for FrameEncoder {
     type Error = Status;
 
     fn encode(&mut self, frame: Frame, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
-        let len = frame.head.encoded_len() + frame.events.iter().map(Bytes::len).sum::<usize>();
-        buffer.reserve(len);
+        buffer.reserve(frame.encoded_len());
         frame
             .head
             .encode(buffer)
@@ -126,10 +163,10 @@ impl StreamingService<WatchRequest> for WatchServer {
     type Future = BoxFuture<Response<WatchStream>, Status>;
 
     fn call(&mut self, request: Request<Streaming<WatchRequest>>) -> Self::Future {
-        let peer = Peer::of(&request);
+        let (peer, face) = (Peer::of(&request), Face::of(&request));
         let context = self.context.clone();
         Box::pin(async move {
-            let stream = WatchStream::new(context, peer?, request.into_inner());
+            let stream = WatchStream::new(context, peer?, face, request.into_inner());
             Ok(Response::new(stream))
         })
     }
@@ -158,5 +195,35 @@ where
             let mut grpc = Grpc::new(WatchCodec).apply_max_message_size_config(Some(limit), None);
             Ok(grpc.streaming(service, request).await)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn fragments_are_the_whole_in_order_and_each_below_the_limit_or_one_event(lens in proptest::collection::vec(1usize..60, 0..40), limit in 1usize..300) {
+            let events: Vec<Bytes> = lens.iter().enumerate().map(|(index, len)| vec![index as u8; *len].into()).collect();
+            let head = WatchResponse { watch_id: 7, ..Default::default() };
+            let whole = Frame { head: head.clone(), events: events.clone() };
+            let is_large = whole.encoded_len() >= limit && events.len() > 1;
+            let fragments = whole.into_fragments(limit);
+            prop_assert_eq!(fragments.len() > 1, is_large);
+            let last = fragments.len() - 1;
+            for (index, fragment) in fragments.iter().enumerate() {
+                prop_assert_eq!(&fragment.head, &WatchResponse { fragment: index < last, ..head.clone() });
+                prop_assert!(fragment.events.len() == 1 || fragment.encoded_len() < limit || !is_large);
+            }
+            // None could have taken the first event of the next.
+            for (fragment, next) in fragments.iter().zip(fragments.iter().skip(1)) {
+                prop_assert!(fragment.encoded_len() + next.events[0].len() >= limit);
+            }
+            let again: Vec<Bytes> = fragments.into_iter().flat_map(|fragment| fragment.events).collect();
+            prop_assert_eq!(again, events);
+        }
     }
 }

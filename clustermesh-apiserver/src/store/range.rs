@@ -138,10 +138,12 @@ impl Selection<'_> {
             || request.min_create_revision != 0
             || request.max_create_revision != 0;
         let sorted = request.sort_order() != SortOrder::None || request.sort_target() != SortTarget::Key;
-        // Unless everything has to be looked at, only the page and one more key are.
+        // Unless everything has to be looked at, only the page and one more key are: also if it is sorted without an order, for
+        // etcd limits such a range first.
+        let ordered = request.sort_order() != SortOrder::None;
         let look_at = match limit {
             _ if request.count_only => 0,
-            Some(limit) if !(sorted || filtered) => limit.saturating_add(1),
+            Some(limit) if !(ordered || filtered) => limit.saturating_add(1),
             _ => usize::MAX,
         };
         let mut page: Vec<&Arc<Entry>> = entries.take(look_at).filter(|entry| self.passes(entry)).collect();

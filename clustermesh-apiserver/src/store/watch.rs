@@ -154,6 +154,17 @@ impl Store {
         })
     }
 
+    /// The header of the view if a watch of it waits for a start that lies in its future. A source that was not listed yet has
+    /// none: what the watch waits for then is the list.
+    pub fn future_of(&self, cursor: &Cursor) -> Option<ResponseHeader> {
+        let listed = match &cursor.route {
+            Route::Sub(id) => self.subs.get(id).is_some_and(|sub| sub.listed),
+            Route::Merged => true,
+        };
+        let header = self.header(&cursor.route);
+        (listed && cursor.next > header.revision + 1).then_some(header)
+    }
+
     /// The header of a progress notification, if the watch has seen everything and the reader does not know yet how far
     /// that is. Call it only when [`next`](Self::next) had nothing to say.
     pub fn progress(&self, cursor: &mut Cursor, always: bool) -> Option<ResponseHeader> {

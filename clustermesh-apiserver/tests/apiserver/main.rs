@@ -7,19 +7,26 @@
     reason = "a test that cannot go on has failed"
 )]
 
+mod both;
 mod certificates;
 mod clusters;
 mod embedded;
+mod etcdctl;
 mod flood;
 mod hostile;
 mod lab;
+mod leases;
 mod mirror;
+mod one_id;
 mod raw;
 mod reads;
+mod requests;
 mod restart;
 mod rights;
 mod script;
 mod shutdown;
 mod slow;
 mod survive;
+mod transactions;
+mod watches;
 mod writer;

@@ -77,7 +77,10 @@ async fn certificates_decide_what_is_readable() {
         for error in [
             client.put("cilium/state/x", "1", None).await.unwrap_err(),
             client.delete("cilium/state/x", None).await.unwrap_err(),
-            client.txn(etcd_client::Txn::new()).await.unwrap_err(),
+            client
+                .txn(etcd_client::Txn::new().and_then([etcd_client::TxnOp::put("cilium/state/x", "1", None)]))
+                .await
+                .unwrap_err(),
             client.compact(1, None).await.unwrap_err(),
         ] {
             assert_eq!(status(error), denied, "{name} writes");

@@ -16,9 +16,12 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::TryFutureExt;
-use isthmus_proto::etcdserverpb::{
-    RangeRequest, RangeResponse, ResponseHeader, WatchRequest, WatchResponse, kv_client::KvClient,
-    watch_client::WatchClient,
+use isthmus_proto::{
+    COMPOSITE,
+    etcdserverpb::{
+        RangeRequest, RangeResponse, ResponseHeader, WatchRequest, WatchResponse, kv_client::KvClient,
+        watch_client::WatchClient,
+    },
 };
 use own::OwnStore;
 use rand::seq::SliceRandom;
@@ -252,6 +255,7 @@ impl Client {
     /// Reads a range.
     pub async fn range(&self, request: RangeRequest) -> Result<(Header, RangeResponse), CallError> {
         let mut kv = self.0.kv.clone();
+        let request = composite(Request::new(request));
         let response = self.call(kv.range(request).map_ok(Response::into_inner)).await?;
         let header = header(response.header.as_ref())?;
         Ok((header, response))
@@ -280,7 +284,7 @@ impl Client {
         &self,
         requests: mpsc::Receiver<WatchRequest>,
     ) -> Result<Streaming<WatchResponse>, CallError> {
-        let mut request = Request::new(ReceiverStream::new(requests));
+        let mut request = composite(Request::new(ReceiverStream::new(requests)));
         // A member that lost its leader ends the stream instead of staying silent.
         request
             .metadata_mut()
@@ -288,6 +292,13 @@ impl Client {
         let mut watch = self.0.watch.clone();
         self.call(watch.watch(request).map_ok(Response::into_inner)).await
     }
+}
+
+/// Says that the sender tells sources apart by their cluster IDs: one of our API servers then shows those.
+fn composite<T>(mut request: Request<T>) -> Request<T> {
+    let metadata = request.metadata_mut();
+    metadata.insert(COMPOSITE, MetadataValue::from_static("1"));
+    request
 }
 
 pub(crate) fn header(header: Option<&ResponseHeader>) -> Result<Header, CallError> {
