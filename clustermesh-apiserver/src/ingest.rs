@@ -1,9 +1,14 @@
 //! From what a followed source reports to the store: a list is gathered and goes in as one, so that nobody reads half of it;
 //! changes go in as they come. Pure.
 
+mod past;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
+
+use past::Gathering;
+pub use past::{HOLD_MS, IngestedPast, past_before};
 
 use crate::store::{Relist, SourceChange, Store, SubId};
 
@@ -38,6 +43,7 @@ impl Ingested {
 #[derive(Debug, Default)]
 pub struct Ingest {
     pending: Option<Pending>,
+    history: Option<Gathering>,
 }
 
 /// A list that is not in the store yet. What was reported by one that broke off stays: it is not reported again.
@@ -61,6 +67,48 @@ impl Ingest {
         if !trusted {
             pending.full = true;
             pending.present.clear();
+        }
+    }
+
+    /// The source's history from revision `from` up to the list that ends now is on its way; what was told of it before does not
+    /// count.
+    pub fn on_history_begins(&mut self, store: &mut Store, sub: &SubId, from: i64, now_ms: u64) {
+        match &mut self.history {
+            Some(history) => history.restart(store, sub, from),
+            None => self.history = Some(Gathering::begin(from, now_ms)),
+        }
+    }
+
+    /// Takes in past changes.
+    pub fn on_past(&mut self, store: &Store, sub: &SubId, past: Vec<IngestedPast>) {
+        if let Some(history) = &mut self.history {
+            history.take(past, store.limits_of(sub));
+        }
+    }
+
+    /// All past changes were told.
+    pub fn on_history_complete(&mut self, store: &mut Store, sub: &SubId) {
+        if let Some(history) = self.history.take() {
+            history.complete(store, sub);
+        }
+    }
+
+    /// They will not be told.
+    pub fn on_history_lost(&mut self, store: &mut Store, sub: &SubId) {
+        if self.history.take().is_some() {
+            store.expect_nothing(sub);
+        }
+    }
+
+    /// When [`on_tick`](Self::on_tick) is due at the latest, if at all.
+    pub fn due_ms(&self) -> Option<u64> {
+        self.history.as_ref()?.due_ms()
+    }
+
+    /// Lets readers that wait for history go when they have waited long enough. It may still come.
+    pub fn on_tick(&mut self, store: &mut Store, sub: &SubId, now_ms: u64) {
+        if let Some(history) = &mut self.history {
+            history.on_tick(store, sub, now_ms);
         }
     }
 
@@ -138,6 +186,13 @@ impl Ingest {
                 present: pending.full.then_some(pending.present),
             },
         );
+        if self
+            .history
+            .take_if(|history| history.on_list(store, sub, revision))
+            .is_some()
+        {
+            store.expect_nothing(sub);
+        }
     }
 }
 

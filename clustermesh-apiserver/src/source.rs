@@ -1,10 +1,13 @@
 //! Follows the own cluster's etcd into the store, by one watch over everything: so its revisions stay in order.
 
-use isthmus_kvstore::{Change, Feed, Follow, Update};
+use std::time::Duration;
+
+use isthmus_kvstore::{Change, Feed, Follow, History, Past, Update};
 use isthmus_runtime::{Health, State};
+use tokio::time::{Instant, sleep_until};
 
 use crate::{
-    ingest::{Ingest, Ingested},
+    ingest::{Ingest, Ingested, IngestedPast, past_before},
     shared::Shared,
     store::{SourceChange, Store, SubId},
 };
@@ -15,9 +18,14 @@ const PART: &str = "etcd";
 const FIRST_KEY: &str = "cilium/";
 const END_KEY: &str = "isthmus0";
 
+/// So many revisions before the first list are asked for, so that readers of the server before this one go on from where they
+/// were.
+const HISTORY_REVISIONS: i64 = 20_000;
+
 /// The range to follow. Values are bounded by the largest kind.
 pub fn feed() -> Feed {
     Feed::range(FIRST_KEY, END_KEY, isthmus_wire::refusal::SERVICE_JSON_LEN_MAX)
+        .with_history(HISTORY_REVISIONS)
 }
 
 /// Runs until `follow` ends. While the etcd is away the last state is served as it is, heartbeat included: readers see its age.
@@ -26,7 +34,22 @@ pub async fn run(mut follow: Follow, shared: Shared, health: Health) {
     let mut ingest = Ingest::default();
     let mut listed = false;
     let mut trouble = String::new();
-    while let Some(update) = follow.updates.recv().await {
+    let begun = Instant::now();
+    let now_ms = || u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    loop {
+        let due = ingest.due_ms();
+        let update = tokio::select! {
+            biased;
+            update = follow.updates.recv() => match update {
+                Some(update) => update,
+                None => return,
+            },
+            () = sleep_until(begun + Duration::from_millis(due.unwrap_or(0))), if due.is_some() => {
+                tracing::warn!("the own etcd's history is not there yet; readers that need it list");
+                shared.update(|store| ingest.on_tick(store, &SubId::Own, now_ms()));
+                continue;
+            }
+        };
         match update {
             Update::Connected { client } => {
                 tracing::info!(endpoint = %client.endpoint(), "connected to the own etcd");
@@ -44,6 +67,9 @@ pub async fn run(mut follow: Follow, shared: Shared, health: Health) {
                 health.set(PART, state);
             }
             Update::Listing { trusted, .. } => ingest.on_listing(trusted),
+            Update::History { history, .. } => {
+                shared.update(|store| on_history(store, &mut ingest, history, now_ms()));
+            }
             Update::Changes {
                 revision, changes, ..
             } => shared.update(|store| {
@@ -90,6 +116,39 @@ pub async fn run(mut follow: Follow, shared: Shared, health: Health) {
             }
         }
     }
+}
+
+fn on_history(store: &mut Store, ingest: &mut Ingest, history: History, now_ms: u64) {
+    let sub = &SubId::Own;
+    match history {
+        History::Begins { from } => ingest.on_history_begins(store, sub, from, now_ms),
+        History::Events(past) => {
+            let past = past
+                .into_iter()
+                .filter_map(|past| own_past(store, past))
+                .collect();
+            ingest.on_past(store, sub, past);
+        }
+        History::Complete => {
+            tracing::debug!("the own etcd's history is there");
+            ingest.on_history_complete(store, sub);
+        }
+        History::Lost => {
+            tracing::info!("the own etcd's history cannot be had; readers that missed changes list");
+            ingest.on_history_lost(store, sub);
+        }
+    }
+}
+
+fn own_past(store: &Store, past: Past) -> Option<IngestedPast> {
+    let revision = past.change.mod_revision();
+    let before = past_before(past.change.key(), past.before, |_| true);
+    let change = own(store, past.change)?;
+    Some(IngestedPast {
+        revision,
+        change,
+        before,
+    })
 }
 
 /// Why a new history is not served yet.

@@ -15,6 +15,7 @@ mod content;
 mod encoded;
 mod entry;
 mod history;
+mod past;
 mod range;
 mod route;
 mod sub;
@@ -28,6 +29,7 @@ use isthmus_proto::etcdserverpb::ResponseHeader;
 
 pub use encoded::{Encoded, Revisions};
 pub use history::HistoryLimits;
+pub use past::{PastBefore, PastChange};
 pub use range::RangeError;
 pub use route::{Route, SubId};
 pub use sub::{Relist, SourceChange};
@@ -268,10 +270,11 @@ impl Store {
         // At an unchanged revision there is nothing to change; if there was, watches would have passed it.
         let same_history = same_source
             && (sub.revision < list.revision || (sub.revision == list.revision && events.is_empty()));
-        if same_history {
-            // What happened between is lost, but the difference is not: one batch leads from the old content to the new.
-            sub.history.forget_contents_before(list.revision);
-        } else {
+        if same_history && sub.revision < list.revision {
+            // What happened between is lost. The difference would lead on who is where this sub-store was, but not who comes
+            // from another replica and saw a key come that went again since. Nor could who passes it on tell it from history.
+            sub.history = History::new(list.revision);
+        } else if !same_history {
             // Knuth's MMIX generator: other values than the random one it starts from are all that is needed.
             self.spare_id = self
                 .spare_id
@@ -287,8 +290,7 @@ impl Store {
         sub.listed = true;
         sub.revision = list.revision;
         if !events.is_empty() || !same_history {
-            let history = same_history.then(|| id.clone());
-            self.record(id.clone(), list.revision, events, history);
+            self.record(id.clone(), list.revision, events, None);
         }
     }
 
@@ -346,13 +348,18 @@ impl Store {
         self.merged.push(revision, batch, self.limits);
     }
 
-    /// Notes a batch in the merged history, and in the sub-store's own if `history` names it.
-    fn record(&mut self, id: SubId, revision: i64, events: Vec<entry::Changed>, history: Option<SubId>) {
-        let limits = if id == SubId::Own {
+    /// How much history is kept of a source.
+    pub fn limits_of(&self, id: &SubId) -> HistoryLimits {
+        if *id == SubId::Own {
             self.limits
         } else {
             self.remote_limits
-        };
+        }
+    }
+
+    /// Notes a batch in the merged history, and in the sub-store's own if `history` names it.
+    fn record(&mut self, id: SubId, revision: i64, events: Vec<entry::Changed>, history: Option<SubId>) {
+        let limits = self.limits_of(&id);
         self.merged_revision += 1;
         let batch = Arc::new(Batch::new(Some(id), revision, self.merged_revision, events));
         if let Some(sub) = history.and_then(|id| self.subs.get_mut(&id)) {

@@ -50,7 +50,7 @@ impl Rounds {
                     upstream.refused_feeds.insert(feed.to_string(), error);
                 }
             }
-            Update::Listing { .. } | Update::Listed { .. } => {}
+            Update::Listing { .. } | Update::Listed { .. } | Update::History { .. } => {}
             Update::Synced { feed, .. } => {
                 upstream.refused_feeds.remove(&*feed);
                 self.on(Event::Synced { feed: &feed });

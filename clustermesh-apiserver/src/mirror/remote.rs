@@ -228,6 +228,7 @@ impl Remote {
                     self.on_objects(store, &feed, revision, reported, now_ms);
                 }
             }
+            Update::History { feed, history } => self.on_history(store, &feed, history, now_ms),
             Update::Listed {
                 feed,
                 cluster_id,
@@ -307,6 +308,9 @@ impl Remote {
             Vec::new()
         };
         changes.extend(self.use_room(store, now_ms));
+        for (_, mirrored) in self.kinds.values_mut() {
+            mirrored.ingest.on_tick(store, &mirrored.sub, now_ms);
+        }
         self.refresh(store, now_ms);
         self.write_status(store);
         changes

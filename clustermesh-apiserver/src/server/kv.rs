@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     embedded::{Answer, Command, check::check},
-    store::{RangeError, Route, SubId},
+    store::{RangeError, Route, Store, SubId},
 };
 
 /// Keys of a page as etcd's and Cilium's readers ask for them; a page is answered whatever its size.
@@ -184,6 +184,19 @@ impl kv_server::Kv for Kv {
             };
             if let Ok(result) = tokio::time::timeout(self.0.limits.future_revision_wait, reached).await {
                 result?;
+            }
+        }
+        // History of a server that begins anew may be on its way; the store bounds how long that may take.
+        let arriving = |store: &Store| store.is_arriving(&store.route(&range), request.revision);
+        while answer == Err(RangeError::Compacted) {
+            let waits = self.0.shared.read(arriving);
+            if waits && changes.changed().await.is_err() {
+                break;
+            }
+            // Also if it came between these looks.
+            answer = self.read(face, &range, &request)?;
+            if !waits {
+                break;
             }
         }
         let answer = answer.map_err(errors::out_of_range)?;

@@ -421,8 +421,10 @@ impl WatchStream {
             if asked && !self.queue.is_empty() {
                 return;
             }
+            let held = |watch: &Watch| !watch.of_locks && store.is_held(&watch.cursor);
             if asked
                 && let Some(route) = self.one_view()
+                && !self.watches.values().any(held)
             {
                 for watch in self.watches.values_mut() {
                     // One that has not begun yet is not told more by this.

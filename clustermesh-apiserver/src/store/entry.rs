@@ -106,11 +106,38 @@ fn encode_event(event: &Event) -> Bytes {
 /// A key's entry after a change (`None` = deleted) and before it. One of them there is.
 pub(super) type Changed = (Option<Arc<Entry>>, Option<Arc<Entry>>);
 
+/// What a key held before a change.
+#[derive(Clone, Debug)]
+pub(super) enum Prior {
+    /// Nothing.
+    Absent,
+    /// This.
+    Known(Arc<Entry>),
+    /// It is not known; an entry of the same key, of which nothing else counts.
+    Unknown(Arc<Entry>),
+}
+
+impl Prior {
+    /// The entry, if it is known and there was one.
+    pub(super) fn known(&self) -> Option<&Arc<Entry>> {
+        match self {
+            Self::Known(entry) => Some(entry),
+            Self::Absent | Self::Unknown(_) => None,
+        }
+    }
+}
+
+impl From<Option<Arc<Entry>>> for Prior {
+    fn from(before: Option<Arc<Entry>>) -> Self {
+        before.map_or(Self::Absent, Self::Known)
+    }
+}
+
 /// A changed key in a history.
 #[derive(Debug)]
 pub(super) struct Recorded {
     pub(super) after: Option<Arc<Entry>>,
-    pub(super) before: Option<Arc<Entry>>,
+    pub(super) before: Prior,
     /// The event of a DELETE; that of a PUT is its entry's.
     deletion: Bytes,
     /// Its event in the merged view's revisions; made when it is first asked for.
@@ -119,8 +146,10 @@ pub(super) struct Recorded {
 
 impl Recorded {
     pub(super) fn key(&self) -> &[u8] {
-        let entry = self.after.as_ref().or(self.before.as_ref());
-        entry.map_or(&[], |entry| entry.key())
+        match (&self.after, &self.before) {
+            (Some(entry), _) | (None, Prior::Known(entry) | Prior::Unknown(entry)) => entry.key(),
+            (None, Prior::Absent) => &[],
+        }
     }
 
     /// The event in the source's revisions.
@@ -154,7 +183,7 @@ impl Recorded {
             kv: Some(kv),
             prev_kv: self
                 .before
-                .as_ref()
+                .known()
                 .filter(|_| prev_kv)
                 .map(|entry| entry.key_value(merged)),
         }
@@ -179,6 +208,17 @@ impl Batch {
         merged_revision: i64,
         changed: Vec<Changed>,
     ) -> Self {
+        let changed = changed.into_iter().map(|(after, before)| (after, before.into()));
+        Self::of(sub, revision, merged_revision, changed)
+    }
+
+    /// The same of what is known only in part.
+    pub(super) fn of(
+        sub: Option<SubId>,
+        revision: i64,
+        merged_revision: i64,
+        changed: impl IntoIterator<Item = (Option<Arc<Entry>>, Prior)>,
+    ) -> Self {
         let events = changed.into_iter().map(|(after, before)| {
             let mut recorded = Recorded {
                 after,
@@ -202,7 +242,7 @@ impl Batch {
     /// Bytes that it keeps alive beside the present content: about what trimming it gives back.
     pub(super) fn bytes(&self) -> usize {
         let event = |event: &Recorded| {
-            let before = event.before.as_ref().map_or(0, |entry| entry.encoded_len());
+            let before = event.before.known().map_or(0, |entry| entry.encoded_len());
             event.encoded().len() + before + size_of::<Recorded>()
         };
         self.events.iter().map(event).sum()
@@ -210,7 +250,7 @@ impl Batch {
 
     /// The event's bytes as a field of `WatchResponse`.
     pub(super) fn encoded(&self, event: &Recorded, merged: bool, prev_kv: bool) -> Bytes {
-        if prev_kv && event.before.is_some() {
+        if prev_kv && event.before.known().is_some() {
             let revision = if merged {
                 self.merged_revision
             } else {

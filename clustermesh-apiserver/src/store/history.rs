@@ -31,6 +31,8 @@ pub(super) struct History {
     floor: i64,
     /// Content before this revision cannot be told any more.
     content_floor: i64,
+    /// Batches from this revision on, up to the floor, are on their way.
+    expected: Option<i64>,
 }
 
 impl History {
@@ -41,6 +43,7 @@ impl History {
             bytes: 0,
             floor: revision,
             content_floor: revision,
+            expected: None,
         }
     }
 
@@ -60,8 +63,42 @@ impl History {
         self.content_floor
     }
 
-    pub(super) fn forget_contents_before(&mut self, revision: i64) {
-        self.content_floor = self.content_floor.max(revision);
+    /// Whether a watch that begins at `next` has to wait for batches that are on their way.
+    pub(super) fn is_expected(&self, next: i64) -> bool {
+        next <= self.floor && self.expected.is_some_and(|from| from <= next)
+    }
+
+    /// The first revision that a watch can start at; it may have to wait.
+    pub(super) fn first(&self) -> i64 {
+        let floor = self.floor + 1;
+        self.expected.map_or(floor, |from| from.min(floor))
+    }
+
+    pub(super) fn set_expected(&mut self, from: Option<i64>) {
+        self.expected = from;
+    }
+
+    /// Puts batches before the first one, which `floor` and before it were compacted, and contents before `content_floor` not
+    /// known. As many as there is room for beside what is there.
+    pub(super) fn prepend(
+        &mut self,
+        batches: impl DoubleEndedIterator<Item = (i64, Arc<Batch>)>,
+        floor: i64,
+        content_floor: i64,
+        limits: HistoryLimits,
+    ) {
+        let mut reached = floor;
+        for (revision, batch) in batches.rev() {
+            let bytes = self.bytes + batch.bytes();
+            if self.batches.len() >= limits.len || bytes > limits.bytes {
+                reached = revision;
+                break;
+            }
+            self.bytes = bytes;
+            self.batches.push_front((revision, batch));
+        }
+        self.floor = reached;
+        self.content_floor = content_floor.max(reached);
     }
 
     /// Appends a batch; `revision` is not below the last one's.

@@ -117,7 +117,7 @@ fn undo<'h>(
     for batch in history.since(at + 1) {
         for event in &batch.events {
             if std::ops::RangeBounds::<[u8]>::contains(bounds, event.key()) {
-                undo.entry(event.key()).or_insert(event.before.as_ref());
+                undo.entry(event.key()).or_insert(event.before.known());
             }
         }
     }

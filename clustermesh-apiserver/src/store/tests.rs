@@ -253,38 +253,98 @@ proptest! {
     }
 
     #[test]
-    fn a_list_of_the_same_history_leads_watches_on(before in ops(), lost in proptest::collection::vec(ops(), 0..5), from in 0i64..8) {
+    fn a_list_that_missed_something_ends_watches_and_history_leads_on_who_is_in_it(
+        before in ops(),
+        lost in proptest::collection::vec(ops(), 0..6),
+        after in ops(),
+        from in 0i64..8,
+        forgotten in proptest::bool::weighted(0.3),
+        len in 1usize..8,
+    ) {
         let mut model = Model { revision: 100, ..Default::default() };
-        let mut store = store(HistoryLimits::default());
-        let first = model.transact(&before);
-        store.relist(&SubId::Own, Relist { cluster_id: ID, revision: model.revision, new_history: true, changes: first, present: None });
-        let known = model.range(i64::MAX, "");
-        let listed_at = model.revision;
+        let mut store = store(HistoryLimits { len, bytes: usize::MAX });
+        let relist = |store: &mut Store, model: &Model, new_history| {
+            let present = model.range(i64::MAX, "");
+            let changes = present.iter().map(|kv| change(EventType::Put, kv)).collect();
+            let present = Some(present.into_iter().map(|kv| kv.key).collect());
+            store.relist(&SubId::Own, Relist { cluster_id: ID, revision: model.revision, new_history, changes, present });
+        };
+        model.transact(&before);
+        let first = model.revision;
+        relist(&mut store, &model, true);
         let (mut live, _) = store.watch(start("cilium/state/", 0));
         lost.iter().for_each(|ops| { model.transact(ops); });
-        let now = model.range(i64::MAX, "");
-        let mut changes: Vec<SourceChange> = now.iter().filter(|kv| !known.contains(kv)).map(|kv| change(EventType::Put, kv)).collect();
-        let gone = known.iter().filter(|kv| now.iter().all(|other| other.key != kv.key));
-        changes.extend(gone.map(|kv| SourceChange::Delete { key: kv.key.clone(), mod_revision: model.revision }));
-        store.relist(&SubId::Own, Relist { cluster_id: ID, revision: model.revision, new_history: false, changes, present: None });
-        let mut view: BTreeMap<Bytes, KeyValue> = known.into_iter().filter(|kv| kv.key.starts_with(b"cilium/state/")).map(|kv| (kv.key.clone(), kv)).collect();
-        while let Some(Next::Events { events, .. }) = store.next(&mut live) {
-            for event in decode(events) {
-                let kind = event.r#type();
-                let kv = event.kv.unwrap();
-                match kind {
-                    EventType::Put => { view.insert(kv.key.clone(), kv); }
-                    EventType::Delete => { view.remove(&kv.key); }
+        let listed = model.revision;
+        relist(&mut store, &model, false);
+        prop_assert_eq!(store.header(&Route::Sub(SubId::Own)), store.header_at(ID, listed));
+        if listed > first {
+            let compacted = matches!(store.next(&mut live), Some(Next::Compacted { .. }));
+            prop_assert!(compacted);
+        } else {
+            prop_assert!(store.next(&mut live).is_none());
+        }
+
+        // Who comes from another replica waits for history, and is not told how far it is meanwhile.
+        let from = first + 1 + from;
+        store.expect_history(&SubId::Own, from);
+        let (mut reader, _) = store.watch(start("cilium/state/", from));
+        let (mut earlier, _) = store.watch(start("cilium/state/", first));
+        if from <= listed {
+            prop_assert!(store.is_held(&reader) && store.next(&mut reader).is_none());
+            prop_assert!(store.progress(&mut reader, true).is_none());
+            prop_assert!(store.is_arriving(&Route::Sub(SubId::Own), from - 1));
+            let compacted = matches!(store.next(&mut earlier), Some(Next::Compacted { .. }));
+            prop_assert!(compacted);
+        }
+        let past = model.events.iter().filter(|(at, _)| (from..=listed).contains(at));
+        let past = past.flat_map(|(revision, events)| events.iter().map(|event| {
+            let kv = event.kv.clone().unwrap();
+            let encoded = |kv: &KeyValue| {
+                let revisions = Revisions { create: kv.create_revision, modified: kv.mod_revision, version: kv.version };
+                Encoded::new(&kv.key, &kv.value, revisions, 0)
+            };
+            let before = event.prev_kv.as_ref().map(encoded);
+            PastChange {
+                revision: *revision,
+                entry: encoded(&kv),
+                deleted: event.r#type() == EventType::Delete,
+                before: if forgotten { PastBefore::Unknown } else { before.map_or(PastBefore::Absent, PastBefore::Known) },
+            }
+        }));
+        store.backfill(&SubId::Own, from, listed, past.collect());
+        let live = model.transact(&after);
+        store.apply(&SubId::Own, model.revision, live);
+        let want: Vec<Event> = model
+            .events
+            .iter()
+            .filter(|(at, _)| *at >= from)
+            .flat_map(|(_, events)| events.clone())
+            .filter(|event| event.kv.as_ref().unwrap().key.starts_with(b"cilium/state/"))
+            .map(|event| Event { prev_kv: None, ..event })
+            .collect();
+        let mut got = vec![];
+        loop {
+            match store.next(&mut reader) {
+                Some(Next::Events { events, .. }) => got.extend(decode(events)),
+                Some(Next::Compacted { compact_revision, .. }) => {
+                    // There was room for less.
+                    prop_assert!(from < compact_revision && model.events.len() > len);
+                    break;
+                }
+                None => {
+                    prop_assert_eq!(got, want);
+                    break;
                 }
             }
         }
-        prop_assert_eq!(view.into_values().collect::<Vec<_>>(), model.range(i64::MAX, "cilium/state/"));
-        // A reader of another replica, which has seen part of what was lost here, gets nothing that it has.
-        let from = listed_at + 1 + from;
-        let (mut cursor, _) = store.watch(start("cilium/state/", from));
-        if let Some(Next::Events { events, .. }) = store.next(&mut cursor) {
-            for event in decode(events) {
-                prop_assert!(event.kv.unwrap().mod_revision >= from);
+        // Contents are told as they were, or not at all.
+        for revision in from - 1..=model.revision {
+            match store.range(&Route::Sub(SubId::Own), &RangeRequest { revision, ..request("cilium/state/") }) {
+                Ok(answer) => prop_assert_eq!(answer.kvs, model.range(revision, "cilium/state/")),
+                Err(error) => {
+                    prop_assert_eq!(error, RangeError::Compacted);
+                    prop_assert!(forgotten || model.events.len() > len || revision < first);
+                }
             }
         }
     }

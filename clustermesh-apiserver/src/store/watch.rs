@@ -108,9 +108,13 @@ impl Store {
                 header,
             });
         }
+        if history.is_expected(cursor.next) {
+            // Held: what it has to be told first is on its way.
+            return None;
+        }
         if cursor.next <= history.floor() {
             return Some(Next::Compacted {
-                compact_revision: history.floor() + 1,
+                compact_revision: history.first(),
                 header,
             });
         }
@@ -123,7 +127,6 @@ impl Store {
             } else {
                 batch.revision
             };
-            // Batches of one revision stay together: a list may be followed by one of its own revision.
             let full = revisions >= CATCH_UP_REVISIONS_MAX || bytes >= CATCH_UP_BYTES;
             if full && at > last {
                 more = true;
@@ -154,6 +157,18 @@ impl Store {
         })
     }
 
+    /// Whether what the watch has to be told next is history that is on its way. It says nothing until that is there, or is
+    /// known not to come.
+    pub fn is_held(&self, cursor: &Cursor) -> bool {
+        match &cursor.route {
+            Route::Sub(id) => self
+                .subs
+                .get(id)
+                .is_some_and(|sub| sub.epoch == cursor.epoch && sub.history.is_expected(cursor.next)),
+            Route::Merged => false,
+        }
+    }
+
     /// The header of the view if a watch of it waits for a start that lies in its future. A source that was not listed yet has
     /// none: what the watch waits for then is the list.
     pub fn future_of(&self, cursor: &Cursor) -> Option<ResponseHeader> {
@@ -168,6 +183,9 @@ impl Store {
     /// The header of a progress notification, if the watch has seen everything and the reader does not know yet how far
     /// that is. Call it only when [`next`](Self::next) had nothing to say.
     pub fn progress(&self, cursor: &mut Cursor, always: bool) -> Option<ResponseHeader> {
+        if self.is_held(cursor) {
+            return None;
+        }
         let header = self.header(&cursor.route);
         let moved = header.revision > cursor.told;
         // A start in the future is not caught up with.
@@ -204,12 +222,7 @@ fn collect(watch: &WatchStart, batch: &Arc<Batch>, merged: bool, events: &mut Ve
         } else {
             watch.no_delete
         };
-        // The difference of a list holds values that are older than the list, and so perhaps than the start.
-        let modified = event
-            .after
-            .as_ref()
-            .map_or(i64::MAX, |entry| entry.modified(merged));
-        if !filtered && modified >= watch.start_revision && watch.range.contains(event.key()) {
+        if !filtered && watch.range.contains(event.key()) {
             events.push(batch.encoded(event, merged, watch.prev_kv));
         }
     }

@@ -393,7 +393,7 @@ impl View {
                         view.synced.clear();
                     }
                     Update::Listing { .. } => view.listings += 1,
-                    Update::Listed { .. } => {}
+                    Update::Listed { .. } | Update::History { .. } => {}
                     Update::Changes { changes, .. } => {
                         changes.into_iter().for_each(|change| view.change(change))
                     }

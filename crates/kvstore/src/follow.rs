@@ -19,7 +19,7 @@ use crate::{
     client::{Client, Owner},
     config::EtcdConfig,
     connect::Options,
-    follower::{Change, Feed, Follower, Input},
+    follower::{Change, Feed, Follower, History, Input},
 };
 use session::{End, Session};
 
@@ -52,6 +52,13 @@ pub enum Update {
         trusted: bool,
         /// Keys that the feed had when the list began, as the upstream says.
         expected: u64,
+    },
+    /// What happened before a list, of a feed that asks for it.
+    History {
+        /// Feed.
+        feed: Arc<str>,
+        /// What.
+        history: History,
     },
     /// The list is at its end; [`Update::Synced`] follows.
     Listed {

@@ -12,6 +12,7 @@
 //!   data and started again keeps its cluster ID, and would accept a start in the future and stay silent. So before a watch
 //!   is resumed, one key and the number of keys are read at the last known revision and compared.
 
+mod backfill;
 mod messages;
 
 use std::collections::BTreeMap;
@@ -19,7 +20,9 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use isthmus_proto::mvccpb::{Event, KeyValue, event::EventType};
 
-pub use messages::{Change, Effect, Feed, Header, Input};
+use backfill::Backfill;
+pub use backfill::{BATCH_REVISIONS, delivered_up_to};
+pub use messages::{Before, Change, Effect, Feed, Header, History, Input, Past};
 
 #[derive(Clone, Copy, Debug)]
 struct Known {
@@ -72,6 +75,8 @@ pub struct Follower {
     mismatch: bool,
     /// Keys of this list were refused because there was no room.
     surplus: bool,
+    /// What happened before a list, while it is on its way.
+    backfill: Option<Backfill>,
 }
 
 impl Follower {
@@ -88,6 +93,7 @@ impl Follower {
             matches: 0,
             mismatch: false,
             surplus: false,
+            backfill: None,
         }
     }
 
@@ -161,7 +167,14 @@ impl Follower {
             (State::Creating | State::Live, Input::Events { header, events }) => {
                 self.on_events(header, events)
             }
-            (State::Creating | State::Live, Input::Canceled) => self.start_list(true),
+            (State::Creating | State::Live, Input::Canceled { compacted }) => {
+                if self.backfill.is_some() {
+                    self.on_backfill_canceled(compacted)
+                } else {
+                    self.start_list(true)
+                }
+            }
+            (State::Live, Input::NoProof) => self.on_no_proof(),
             _ => Vec::new(),
         }
     }
@@ -186,8 +199,11 @@ impl Follower {
     fn resume(&mut self) -> Vec<Effect> {
         self.trusted = true;
         self.state = State::Creating;
-        let start_revision = self.position.map_or(0, |position| position.revision) + 1;
-        vec![Effect::Watch { start_revision }]
+        let after = self.position.map_or(0, |position| position.revision) + 1;
+        vec![Effect::Watch {
+            start_revision: self.backfill.as_ref().map_or(after, Backfill::watch_at),
+            prev_kv: self.backfill.is_some(),
+        }]
     }
 
     fn start_list(&mut self, trusted: bool) -> Vec<Effect> {
@@ -200,10 +216,12 @@ impl Follower {
             first: None,
             start: self.feed.key.clone(),
         };
-        vec![Effect::List {
+        let mut effects: Vec<Effect> = self.lose_backfill().into_iter().collect();
+        effects.push(Effect::List {
             start: self.feed.key.clone(),
             revision: 0,
-        }]
+        });
+        effects
     }
 
     fn on_page(&mut self, first: Option<Header>, start: Bytes, header: Header, page: Page) -> Vec<Effect> {
@@ -312,6 +330,7 @@ impl Follower {
                 return;
             }
         }
+        effects.extend(self.begin_backfill(first));
         effects.push(Effect::Listed {
             header: first,
             new_history: !self.trusted && (self.mismatch || self.matches == 0),
@@ -331,7 +350,11 @@ impl Follower {
             return self.rewatch();
         }
         self.state = State::Live;
-        vec![Effect::Synced { header: position }]
+        let mut effects = vec![Effect::Synced { header: position }];
+        if self.backfill.is_some() {
+            effects.push(Effect::AskProgress);
+        }
+        effects
     }
 
     /// The history is another one: drop the watch and list.
@@ -348,6 +371,8 @@ impl Follower {
         if header.cluster_id != position.cluster_id {
             return self.rewatch();
         }
+        let mut effects = Vec::new();
+        let backfilled = self.on_past(header.revision, &events, &mut effects);
         let mut revision = position.revision;
         if events.is_empty() {
             revision = revision.max(header.revision);
@@ -394,10 +419,14 @@ impl Follower {
         self.position = Some(Header { revision, ..position });
         self.last = self.position;
         if moved {
-            vec![Effect::Changes { revision, changes }]
-        } else {
-            Vec::new()
+            effects.push(Effect::Changes { revision, changes });
         }
+        if backfilled {
+            // From here on nobody needs what is replaced.
+            effects.push(Effect::Unwatch);
+            effects.extend(self.resume());
+        }
+        effects
     }
 
     fn put(&self, kv: KeyValue) -> Change {

@@ -26,7 +26,7 @@ pub use client::{CallError, Client};
 pub use config::{ConfigError, EtcdConfig};
 pub use connect::{ConnectError, Options};
 pub use follow::{Feeds, Follow, Update, follow};
-pub use follower::{Change, Feed};
+pub use follower::{Before, Change, Feed, History, Past};
 pub use pace::Pace;
 pub use replicas::{Replica, ask_replicas};
 pub use troubleshoot::{Finding, troubleshoot};

@@ -162,9 +162,9 @@ impl World {
         for effect in self.follower.on(input) {
             match effect {
                 Effect::List { .. } | Effect::Check { .. } => self.asked.push_back(effect),
-                Effect::Watch { start_revision } => self.watch = Some((start_revision, false)),
+                Effect::Watch { start_revision, .. } => self.watch = Some((start_revision, false)),
                 Effect::Unwatch => self.watch = None,
-                Effect::Listing { .. } => {}
+                Effect::Listing { .. } | Effect::AskProgress | Effect::History(_) => {}
                 Effect::Listed { new_history, .. } => {
                     let same = self.synced_history == Some(self.store.history);
                     assert!(new_history || same, "a new history was not noticed");
@@ -277,7 +277,7 @@ impl World {
         }
         if next < self.store.compacted {
             self.watch = None;
-            self.input(Input::Canceled);
+            self.input(Input::Canceled { compacted: 0 });
             return true;
         }
         let batch: Vec<_> = self
@@ -400,7 +400,7 @@ proptest! {
                 Step::CancelWatch => {
                     if matches!(world.watch, Some((_, true))) {
                         world.watch = None;
-                        world.input(Input::Canceled);
+                        world.input(Input::Canceled { compacted: 0 });
                     }
                 }
             }
@@ -524,7 +524,7 @@ fn keys_beyond_the_limit_are_refused_and_read_once_there_is_room() {
         "a known key goes on"
     );
     // Other keys took their place: what is gone must not keep them out.
-    follower.on(Input::Canceled);
+    follower.on(Input::Canceled { compacted: 0 });
     let header = Header {
         revision: 13,
         ..header

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use isthmus_kvstore::{Change, Feed};
+use isthmus_kvstore::{Change, Feed, History, Past};
 use isthmus_wire::{
     Refusal,
     keys::{self, Kind},
@@ -12,13 +12,17 @@ use isthmus_wire::{
 
 use super::{FeedChange, Mirrored, Remote, keys_max};
 use crate::{
-    ingest::{Ingest, Ingested},
-    mirror::grants::Grants,
+    ingest::{Ingest, Ingested, IngestedPast, past_before},
+    mirror::{grants::Grants, translate::Border},
     store::{Relist, SourceChange, Store, SubId},
 };
 
 /// Lists begun for want of room are a minute apart at least.
 const ROOM_INTERVAL_MS: u64 = 60_000;
+
+/// So many revisions before a kind's first list are asked for, so that readers of the server before this one go on from where
+/// they were.
+const HISTORY_REVISIONS: i64 = 5_000;
 
 /// What was received in the list that is under way and stands in no store yet.
 #[derive(Debug, Default)]
@@ -132,6 +136,26 @@ impl Remote {
         }
     }
 
+    /// Takes in what happened before a kind's first list, checked as every object is.
+    pub(super) fn on_history(&mut self, store: &mut Store, feed: &Arc<str>, history: History, now_ms: u64) {
+        let Some((_, mirrored)) = self.kinds.get_mut(feed) else {
+            return;
+        };
+        let (ingest, sub) = (&mut mirrored.ingest, &mirrored.sub);
+        match history {
+            History::Begins { from } => ingest.on_history_begins(store, sub, from, now_ms),
+            History::Events(past) => {
+                let past = past.into_iter();
+                let past = past
+                    .filter_map(|past| past_object(&mirrored.border, past))
+                    .collect();
+                ingest.on_past(store, sub, past);
+            }
+            History::Complete => ingest.on_history_complete(store, sub),
+            History::Lost => ingest.on_history_lost(store, sub),
+        }
+    }
+
     /// Bytes of all its objects, those of lists that are under way included.
     pub(super) fn bytes(&self, store: &Store) -> u64 {
         let bytes = self.kinds.values().map(|(_, mirrored)| {
@@ -151,7 +175,9 @@ impl Remote {
         let keys_max = self.grants.entries_max(kind).unwrap_or(keys_max(kind));
         Feed {
             name: format!("{prefix}#{}", self.feeds_made).into(),
-            ..Feed::prefix(prefix, kind.value_len_max()).with_keys_max(keys_max)
+            ..Feed::prefix(prefix, kind.value_len_max())
+                .with_keys_max(keys_max)
+                .with_history(HISTORY_REVISIONS)
         }
     }
 
@@ -279,4 +305,38 @@ impl Remote {
     pub(super) fn sub(&self, kind: Kind) -> SubId {
         SubId::Remote(self.cluster.clone(), kind)
     }
+}
+
+/// A past change at the border: translated, and judged as it would be now. `None` for a key that is none of the kind.
+fn past_object(border: &Border, past: Past) -> Option<IngestedPast> {
+    let revision = past.change.mod_revision();
+    let source = past.change.key().clone();
+    let to = Bytes::from(border.translate(&source).ok()?);
+    let admitted = |value: &[u8]| border.check(&source, value).is_ok();
+    let before = past_before(&to, past.before, admitted);
+    let change = match past.change {
+        Change::Put {
+            value,
+            create_revision,
+            mod_revision,
+            version,
+            ..
+        } if admitted(&value) => Ingested::Change(SourceChange::Put {
+            key: to,
+            value,
+            create_revision,
+            mod_revision,
+            version,
+        }),
+        Change::Delete { mod_revision, .. } => Ingested::Change(SourceChange::Delete {
+            key: to,
+            mod_revision,
+        }),
+        Change::Put { .. } | Change::Refused { .. } => Ingested::Kept(to),
+    };
+    Some(IngestedPast {
+        revision,
+        change,
+        before,
+    })
 }

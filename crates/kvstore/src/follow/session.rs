@@ -10,7 +10,8 @@ use std::{
 
 use futures::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use isthmus_proto::etcdserverpb::{
-    WatchCancelRequest, WatchCreateRequest, WatchRequest, WatchResponse, watch_request::RequestUnion,
+    WatchCancelRequest, WatchCreateRequest, WatchProgressRequest, WatchRequest, WatchResponse,
+    watch_request::RequestUnion,
 };
 use isthmus_runtime::{Backoff, backoff};
 use tokio::{
@@ -34,6 +35,9 @@ const REQUESTS_MAX: usize = 1024;
 
 /// A feed that is refused is asked for again after this time at most: the upstream answers, so asking is cheap.
 const FEED_RETRY_CAP: Duration = Duration::from_secs(5);
+
+/// The watch that etcd names when it answers for all.
+const ALL_WATCHES: i64 = -1;
 
 /// How a session ended.
 pub(super) enum End {
@@ -67,6 +71,14 @@ enum StreamEvent {
     Message(Result<Option<WatchResponse>, Status>),
 }
 
+/// A watch that is to be made.
+struct Create {
+    feed: Arc<str>,
+    token: u64,
+    start_revision: i64,
+    prev_kv: bool,
+}
+
 pub(super) struct Session<'a> {
     client: Client,
     options: &'a Options,
@@ -81,7 +93,7 @@ pub(super) struct Session<'a> {
     creating: Option<(Arc<str>, u64)>,
     /// When that answer is overdue: all others wait behind it.
     creating_until: Instant,
-    to_create: VecDeque<(Arc<str>, u64, i64)>,
+    to_create: VecDeque<Create>,
     watches: HashMap<i64, (Arc<str>, u64)>,
 }
 
@@ -217,9 +229,25 @@ impl<'a> Session<'a> {
                 Effect::Check { key, revision } => {
                     self.ask(name, token, Call::Check { key, revision }, delay)
                 }
-                Effect::Watch { start_revision } => {
-                    self.to_create.push_back((name.clone(), token, start_revision));
+                Effect::Watch {
+                    start_revision,
+                    prev_kv,
+                } => {
+                    self.to_create.push_back(Create {
+                        feed: name.clone(),
+                        token,
+                        start_revision,
+                        prev_kv,
+                    });
                     self.create_next().await?;
+                }
+                Effect::AskProgress => {
+                    let ask = RequestUnion::ProgressRequest(WatchProgressRequest {});
+                    self.request(ask).await?;
+                }
+                Effect::History(history) => {
+                    let feed = name.clone();
+                    self.send(Update::History { feed, history }).await?;
                 }
                 Effect::Unwatch => self.unwatch(name).await?,
                 Effect::Listing { header, trusted } => {
@@ -384,13 +412,13 @@ impl<'a> Session<'a> {
 
     async fn create_next(&mut self) -> Result<(), End> {
         while self.creating.is_none() {
-            let Some((name, token, start_revision)) = self.to_create.pop_front() else {
+            let Some(next) = self.to_create.pop_front() else {
                 return Ok(());
             };
             let Some(followed) = self
                 .followed
-                .get(&name)
-                .filter(|followed| followed.token == token)
+                .get(&next.feed)
+                .filter(|followed| followed.token == next.token)
             else {
                 continue;
             };
@@ -398,12 +426,13 @@ impl<'a> Session<'a> {
             let create = WatchCreateRequest {
                 key: feed.key.clone(),
                 range_end: feed.range_end.clone(),
-                start_revision,
+                start_revision: next.start_revision,
+                prev_kv: next.prev_kv,
                 // Moves the position of a quiet feed, which keeps it clear of compaction.
                 progress_notify: true,
                 ..Default::default()
             };
-            self.creating = Some((name, token));
+            self.creating = Some((next.feed, next.token));
             self.creating_until = Instant::now() + self.options.call_timeout;
             self.request(RequestUnion::CreateRequest(create)).await?;
         }
@@ -430,7 +459,7 @@ impl<'a> Session<'a> {
     }
 
     async fn unwatch(&mut self, name: &Arc<str>) -> Result<(), End> {
-        self.to_create.retain(|(queued, _, _)| queued != name);
+        self.to_create.retain(|queued| queued.feed != *name);
         let ids: Vec<i64> = self
             .watches
             .iter()
@@ -466,12 +495,31 @@ impl<'a> Session<'a> {
             }
         };
         if too_large {
-            // Resuming would meet the same message again; a list reads it in parts or passes it by.
-            for followed in self.followed.values_mut() {
-                followed.follower.on(Input::Canceled);
-            }
+            self.on_too_large().await?;
         }
         Err(end)
+    }
+
+    /// A message of the stream cannot be read. Resuming would meet the same message again; a list reads it in parts or passes it
+    /// by. It most likely is of the history, if that is on its way, and that can be done without.
+    async fn on_too_large(&mut self) -> Result<(), End> {
+        let history = self.followed.values().any(|feed| feed.follower.awaits_history());
+        let mut lost = Vec::new();
+        for (name, followed) in self.followed.iter_mut() {
+            if followed.follower.awaits_history() == history {
+                let effects = followed.follower.on(Input::Canceled { compacted: 0 });
+                let told = effects.into_iter().filter_map(|effect| match effect {
+                    Effect::History(history) => Some(history),
+                    // The connection ends here; the next one asks again.
+                    _ => None,
+                });
+                lost.extend(told.map(|history| (name.clone(), history)));
+            }
+        }
+        for (feed, history) in lost {
+            self.send(Update::History { feed, history }).await?;
+        }
+        Ok(())
     }
 
     async fn on_message(&mut self, message: WatchResponse) -> Result<(), End> {
@@ -493,7 +541,7 @@ impl<'a> Session<'a> {
                         error,
                     })
                     .await?;
-                    self.input(&name, Input::Canceled).await?;
+                    self.input(&name, Input::Canceled { compacted: 0 }).await?;
                 }
                 (true, false) => {
                     self.watches.insert(message.watch_id, (name.clone(), token));
@@ -514,7 +562,19 @@ impl<'a> Session<'a> {
                 return Ok(());
             };
             tracing::debug!(feed = %name, compacted = message.compact_revision, reason = message.cancel_reason, "watch ended; listing again");
-            return self.input(&name, Input::Canceled).await;
+            let compacted = message.compact_revision;
+            return self.input(&name, Input::Canceled { compacted }).await;
+        }
+        if message.watch_id == ALL_WATCHES && message.events.is_empty() {
+            let waiting = |name: &Arc<str>| {
+                let followed = self.followed.get(name);
+                followed.is_some_and(|followed| followed.follower.awaits_history())
+            };
+            let names = self.watches.values().map(|(name, _)| name.clone());
+            for name in names.filter(waiting).collect::<Vec<_>>() {
+                self.input(&name, Input::NoProof).await?;
+            }
+            return Ok(());
         }
         match self.watches.get(&message.watch_id).cloned() {
             Some((name, _)) => {

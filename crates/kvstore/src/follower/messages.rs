@@ -19,6 +19,8 @@ pub struct Feed {
     pub value_len_max: usize,
     /// Keys beyond so many are refused, and not remembered: what they take of memory here is not up to the upstream.
     pub keys_max: usize,
+    /// With a list also what happened in so many revisions before it is asked for; 0 = not.
+    pub history: i64,
 }
 
 impl Feed {
@@ -30,6 +32,7 @@ impl Feed {
             range_end: range_end(prefix.as_bytes()).into(),
             value_len_max,
             keys_max: usize::MAX,
+            history: 0,
         }
     }
 
@@ -41,6 +44,7 @@ impl Feed {
             range_end: Bytes::new(),
             value_len_max,
             keys_max: usize::MAX,
+            history: 0,
         }
     }
 
@@ -52,12 +56,18 @@ impl Feed {
             range_end: Bytes::copy_from_slice(end.as_bytes()),
             value_len_max,
             keys_max: usize::MAX,
+            history: 0,
         }
     }
 
     /// The same with a bound on the number of keys.
     pub fn with_keys_max(self, keys_max: usize) -> Self {
         Self { keys_max, ..self }
+    }
+
+    /// The same with what happened in so many revisions before a list.
+    pub fn with_history(self, history: i64) -> Self {
+        Self { history, ..self }
     }
 
     pub(super) fn contains(&self, key: &[u8]) -> bool {
@@ -104,6 +114,70 @@ pub enum Change {
         /// feed is listed again.
         surplus: bool,
     },
+}
+
+impl Change {
+    /// The key.
+    pub fn key(&self) -> &Bytes {
+        match self {
+            Self::Put { key, .. } | Self::Delete { key, .. } | Self::Refused { key, .. } => key,
+        }
+    }
+
+    /// Its revision.
+    pub fn mod_revision(&self) -> i64 {
+        match self {
+            Self::Put { mod_revision, .. }
+            | Self::Delete { mod_revision, .. }
+            | Self::Refused { mod_revision, .. } => *mod_revision,
+        }
+    }
+}
+
+/// What a key held before a past change.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Before {
+    /// It was not there.
+    Nothing,
+    /// This value.
+    Value {
+        /// Value, not larger than the feed's limit. Shares memory with its message.
+        value: Bytes,
+        /// Revision of the key's creation.
+        create_revision: i64,
+        /// Revision of the value.
+        mod_revision: i64,
+        /// How often it was written since its creation.
+        version: i64,
+    },
+    /// It is not known.
+    Unknown,
+}
+
+/// A change that happened before a list, which holds what came of it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Past {
+    /// The change.
+    pub change: Change,
+    /// What it replaced.
+    pub before: Before,
+}
+
+/// What happened before a list ([`Feed::history`]).
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum History {
+    /// Every change from revision `from` up to that of the list is on its way. Comes before [`Effect::Listed`]; if it comes once
+    /// more, what was told before it does not count.
+    Begins {
+        /// First revision.
+        from: i64,
+    },
+    /// Changes of whole revisions, in revision order.
+    Events(Vec<Past>),
+    /// All were told.
+    Complete,
+    /// They will not be told.
+    Lost,
 }
 
 /// What every answer of a server begins with.
@@ -159,7 +233,12 @@ pub enum Input {
         events: Vec<Event>,
     },
     /// The server ended the watch: compaction, no leader, permission.
-    Canceled,
+    Canceled {
+        /// What is compacted, if it is that; else 0.
+        compacted: i64,
+    },
+    /// Asked how far its watches are, the server answered for all at once: an etcd. It proves nothing.
+    NoProof,
 }
 
 /// What to do.
@@ -183,7 +262,11 @@ pub enum Effect {
     Watch {
         /// First revision to be delivered.
         start_revision: i64,
+        /// Events carry what they replace.
+        prev_kv: bool,
     },
+    /// Ask how far the watches are.
+    AskProgress,
     /// Cancel the watch, and let nothing that it still says reach this machine.
     Unwatch,
     /// A list begins. Changes up to [`Effect::Listed`] are the difference to what was reported before.
@@ -200,6 +283,8 @@ pub enum Effect {
         /// Revisions that were reported before the list do not compare with those of the list and after it.
         new_history: bool,
     },
+    /// What happened before a list.
+    History(History),
     /// Changes, and the revision up to which all are delivered (in a list: that of the list).
     Changes {
         /// Revision.

@@ -122,7 +122,7 @@ impl Worker {
                     self.shared.content().on_untrusted(&feed);
                 }
             }
-            Update::Listed { .. } => {}
+            Update::Listed { .. } | Update::History { .. } => {}
             Update::Changes { changes, .. } => {
                 let mut content = self.shared.content();
                 changes.into_iter().for_each(|change| content.on_change(change));
