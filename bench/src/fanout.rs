@@ -10,7 +10,7 @@
 //! many TLS connections with blocking calls.
 
 mod floor;
-mod watcher;
+pub(crate) mod watcher;
 
 use std::{
     net::SocketAddr,
@@ -48,10 +48,13 @@ const CONNECTING_MAX: usize = 32;
 /// Making the connections, or delivering what was put, takes no longer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What is put.
 #[derive(Clone, Copy)]
-struct Load {
-    events: u64,
-    per_second: u64,
+pub(crate) struct Load {
+    /// So many events,
+    pub(crate) events: u64,
+    /// at this rate.
+    pub(crate) per_second: u64,
 }
 
 impl Load {
@@ -197,7 +200,7 @@ async fn measure(
 }
 
 /// Makes the watchers; each is a task that ends only with an error.
-async fn connect(
+pub(crate) async fn connect(
     certificates: &Certificates,
     address: SocketAddr,
     watchers: usize,
@@ -226,7 +229,7 @@ async fn connect(
 }
 
 /// Puts `load`; each value begins with the time since `epoch`.
-async fn publish(client: &Client, load: Load, epoch: Instant) -> Result<()> {
+pub(crate) async fn publish(client: &Client, load: Load, epoch: Instant) -> Result<()> {
     let begun = tokio::time::Instant::now();
     let mut puts = JoinSet::new();
     for number in 0..load.events {

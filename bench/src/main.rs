@@ -4,6 +4,7 @@ mod embedded;
 mod failover;
 mod fanout;
 mod figure;
+mod hostile;
 mod lists;
 mod mapfill;
 mod merge;
@@ -47,6 +48,8 @@ enum Name {
     Fanout,
     /// Puts to the embedded store: rate, latency, disk and memory (needs etcd).
     Embedded,
+    /// Latency of watch events while hostile clients do their worst, beside the same server without them (needs etcd).
+    Hostile,
     /// 50 clients list 500,000 keys in pages: throughput and the memory of what is listed (needs etcd).
     Lists,
 }
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Name::Merge => merge::run(),
         Name::Mapfill => mapfill::run(),
         Name::Fanout => fanout::run(args.watchers),
+        Name::Hostile => hostile::run(),
         Name::Lists => lists::run(args.keys),
         Name::Embedded => embedded::run(),
     };

@@ -1,6 +1,6 @@
 //! A gRPC reader that costs little beside the server which it measures: HTTP/2 and TLS, and messages out of frames.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, task::Poll};
 
 use anyhow::{Context, Result, bail, ensure};
 use h2::{RecvStream, SendStream, client};
@@ -40,37 +40,76 @@ impl Connection {
         Ok(Self(send))
     }
 
-    /// Sends a request; `last` if no other follows in its stream.
-    pub async fn call(&mut self, path: &str, request: &impl Message, last: bool) -> Result<Responses> {
+    /// Sends a request and does not wait for an answer.
+    pub async fn begin(
+        &mut self,
+        path: &str,
+        request: &impl Message,
+        last: bool,
+    ) -> Result<(client::ResponseFuture, SendStream<Bytes>)> {
         let head = Request::post(format!("https://localhost{path}"))
             .header("content-type", "application/grpc")
             .header("te", "trailers")
             .body(())?;
         let (response, mut requests) = self.0.clone().ready().await?.send_request(head, false)?;
-        let mut message = vec![0];
-        message.extend((request.encoded_len() as u32).to_be_bytes());
-        request.encode(&mut message)?;
-        requests.send_data(message.into(), last)?;
+        requests.send_data(framed(request)?, last)?;
+        Ok((response, requests))
+    }
+
+    /// Sends a request; `last` if no other follows in its stream.
+    pub async fn call(&mut self, path: &str, request: &impl Message, last: bool) -> Result<Responses> {
+        let (response, requests) = self.begin(path, request, last).await?;
         let response = response.await.with_context(|| path.to_owned())?;
         let status = response.status();
         ensure!(status.is_success(), "{path} is answered {status}");
         Ok(Responses {
-            _requests: requests,
+            requests,
             body: response.into_body(),
             buffer: Vec::new(),
         })
     }
 }
 
+fn framed(request: &impl Message) -> Result<Bytes> {
+    let mut message = vec![0];
+    message.extend((request.encoded_len() as u32).to_be_bytes());
+    request.encode(&mut message)?;
+    Ok(message.into())
+}
+
 /// Responses of a call.
 pub struct Responses {
     // The stream ends when this is dropped.
-    _requests: SendStream<Bytes>,
+    requests: SendStream<Bytes>,
     body: RecvStream,
     buffer: Vec<u8>,
 }
 
 impl Responses {
+    /// Sends one more request, as soon as the server takes it.
+    pub async fn send(&mut self, request: &impl Message) -> Result<()> {
+        let message = framed(request)?;
+        self.requests.reserve_capacity(message.len());
+        while self.requests.capacity() < message.len() {
+            let room = std::future::poll_fn(|cx| self.requests.poll_capacity(cx)).await;
+            room.context("the stream ended")??;
+        }
+        Ok(self.requests.send_data(message, false)?)
+    }
+
+    /// Takes the bytes that are there.
+    pub async fn receive_ready(&mut self) -> Result<()> {
+        std::future::poll_fn(|cx| {
+            while let Poll::Ready(data) = self.body.poll_data(cx) {
+                let data = data.context("the stream ended")??;
+                self.body.flow_control().release_capacity(data.len())?;
+                self.buffer.extend_from_slice(&data);
+            }
+            Poll::Ready(Ok(()))
+        })
+        .await
+    }
+
     /// Waits for more bytes.
     pub async fn receive(&mut self) -> Result<()> {
         let Some(data) = self.body.data().await else {

@@ -60,6 +60,14 @@ pub struct LimitArgs {
         default_value_t = 500_000
     )]
     list_rate_limit: u64,
+    /// Mebibytes a second that a connection may list; eight times as many at once. 0 = no limit.
+    #[arg(
+        long,
+        env = "ISTHMUS_LIST_BYTES_RATE_LIMIT",
+        value_name = "MIB",
+        default_value_t = 32
+    )]
+    list_bytes_rate_limit: u64,
     /// Keys a second that all connections of a client may list; four times as many at once. 0 = no limit.
     #[arg(
         long,
@@ -128,6 +136,7 @@ impl LimitArgs {
             streams: self.max_streams_per_connection,
             watches: self.max_watches_per_connection,
             list_keys: Rate::over(self.list_rate_limit, BURST_SECONDS),
+            list_bytes: Rate::over(self.list_bytes_rate_limit.saturating_mul(1024 * 1024), 8),
             client_list_keys: Rate::over(self.list_rate_limit_per_client, BURST_SECONDS),
             pending_bytes: mebibytes(self.max_pending_per_connection),
             pending_bytes_in_all: mebibytes(self.max_pending),
