@@ -170,6 +170,8 @@ impl WatchStream {
         let Some(route) = route else {
             return Err(errors::no_leader());
         };
+        // What it would have to be told is not known here yet, and may be gone: who asks lists.
+        let incomplete = !of_locks && self.context.shared.read(|store| store.is_incomplete(&range));
         let asked_id = create.watch_id;
         let refusal = if range.is_empty() {
             "mvcc: watcher range is empty".to_owned()
@@ -181,8 +183,7 @@ impl WatchStream {
             )
         } else if asked_id != 0 && self.watches.contains_key(&asked_id) {
             "mvcc: duplicate watch ID provided on the WatchStream".to_owned()
-        } else if !of_locks && self.context.shared.read(|store| store.is_incomplete(&range)) {
-            // What it would have to be told is not known here yet.
+        } else if incomplete {
             errors::incomplete().message().to_owned()
         } else if !self.context.take_watch(&self.peer) {
             errors::TOO_MANY_REQUESTS.to_owned()
@@ -192,6 +193,7 @@ impl WatchStream {
         if !refusal.is_empty() {
             let header = self.header(of_locks, &route);
             self.control.push_back(Frame::control(WatchResponse {
+                compact_revision: if incomplete { header.revision.max(1) } else { 0 },
                 header: Some(header),
                 watch_id: NO_WATCH,
                 created: true,

@@ -23,6 +23,7 @@ mod reads;
 mod requests;
 mod restart;
 mod rights;
+mod rotation;
 mod script;
 mod shutdown;
 mod slow;
