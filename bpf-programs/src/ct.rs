@@ -1,7 +1,7 @@
 //! Conntrack of translated flows: finding, making and keeping alive the two entries of a flow.
 
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
-use isthmus_bpf_abi::{CtValue, DropReason, ct_is_expired, ct_pair, ct_state, ct_step};
+use isthmus_bpf_abi::{CtKey, CtValue, DropReason, ct_is_expired, ct_pair, ct_state, ct_step};
 
 use crate::{tables, work::Work};
 
@@ -14,9 +14,12 @@ pub fn now() -> u32 {
     (unsafe { bpf_ktime_get_coarse_ns() } / NANOSECONDS) as u32
 }
 
-/// Writes both entries of the new flow in `work`: first the way back, so that no answer finds it missing.
+/// Writes both entries of the new flow in `work`, which its first packet has begun: first the way back, so that no answer finds
+/// it missing.
 #[inline(never)]
-pub fn create(work: &mut Work) -> Result<(), DropReason> {
+pub fn create(work: &mut Work, tcp_flags: u8) -> Result<(), DropReason> {
+    (work.flow.state, work.flow.flags) =
+        ct_step(work.tuple.proto, work.flow.state, work.flow.flags, tcp_flags);
     ct_pair(&work.tuple, &work.flow, &mut work.pair_key, &mut work.pair);
     tables::put_flow(&work.pair_key, &work.pair).map_err(|_| DropReason::CtFull)?;
     tables::put_flow(&work.tuple, &work.flow).map_err(|_| DropReason::CtFull)
@@ -78,22 +81,23 @@ fn refresh_pair(work: &mut Work) -> u32 {
     0
 }
 
-/// Whether the new flow in `work` would take the way back from another flow, which goes through another frontend. A pod's
-/// flow to itself has the loopback address there and meets none but its like.
+/// Whether the new flow from `tuple` to where `flow` says would take the way back from another flow, which goes through another
+/// frontend. A pod's flow to itself has the loopback address there and meets none but its like. `pair_key` is room to work in.
 #[inline(always)]
-pub fn collides(work: &mut Work) -> bool {
-    work.pair_key.source = work.flow.nat_address;
-    work.pair_key.source_port = work.flow.nat_port;
-    work.pair_key.destination = work.tuple.source;
-    work.pair_key.destination_port = work.tuple.source_port;
-    work.pair_key.proto = work.tuple.proto;
-    let Some(other) = tables::flow(&work.pair_key) else {
+pub fn collides(tuple: &CtKey, flow: &CtValue, pair_key: &mut CtKey) -> bool {
+    pair_key.source = flow.nat_address;
+    pair_key.source_port = flow.nat_port;
+    pair_key.destination = tuple.source;
+    pair_key.destination_port = tuple.source_port;
+    pair_key.proto = tuple.proto;
+    pair_key.pad = [0; 3];
+    let Some(other) = tables::flow(pair_key) else {
         return false;
     };
     // SAFETY: as in `touch`.
     let other = unsafe { &*other };
-    let same = other.nat_address == work.tuple.destination && other.nat_port == work.tuple.destination_port;
-    !same && other.state != ct_state::CLOSING && !ct_is_expired(&work.pair_key, other, work.flow.last_seen)
+    let same = other.nat_address == tuple.destination && other.nat_port == tuple.destination_port;
+    !same && other.state != ct_state::CLOSING && !ct_is_expired(pair_key, other, flow.last_seen)
 }
 
 /// Whether two entries translate alike.

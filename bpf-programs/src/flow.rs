@@ -7,14 +7,14 @@
 use aya_ebpf::programs::TcContext;
 use isthmus_bpf_abi::{
     Address, Backend, CtKey, CtValue, DropReason, LOOPBACK_IPV4, LOOPBACK_IPV6, PROTO_TCP, PROTO_UDP,
-    SCOPE_EXTERNAL, ServiceKey, TCP_ACK, TCP_SYN, backend_state, ct_flag, ct_state, ct_step, feature,
+    SCOPE_EXTERNAL, ServiceKey, TCP_ACK, TCP_SYN, affinity_kind, backend_state, ct_flag, ct_state, feature,
     is_ipv4_mapped, loopback_of, tuple_hash,
 };
 
 use crate::{
     ct, icmp, l4,
     nat::{Side, rewrite},
-    select::{Selection, select},
+    select::{Request, Selection, select},
     tables,
     work::Work,
 };
@@ -129,40 +129,44 @@ fn replace_address(ctx: &TcContext, work: &mut Work, side: Side, new: &Address) 
 }
 
 /// Fills in where the flow goes. The error says why nowhere.
-#[inline(never)]
+#[inline(always)]
 fn find_backend(work: &mut Work, tcp_flags: u8) -> Result<(), DropReason> {
-    if let Some(entry) = tables::flow(&work.tuple) {
-        // SAFETY: see `ct::touch`.
-        work.flow = unsafe { *entry };
-        match standing(&work.flow, work.tuple.proto, tcp_flags) {
-            Standing::Stays => {
-                ct::touch(work, entry, tcp_flags);
-                return Ok(());
-            }
-            Standing::Over => {
-                ct::remove(work);
-                return Err(DropReason::BackendGone);
-            }
-            Standing::MovesOn => {
-                ct::remove(work);
-            }
+    match known(work, tcp_flags) {
+        Standing::Stays => Ok(()),
+        Standing::Over => Err(DropReason::BackendGone),
+        Standing::MovesOn => {
+            choose(work)?;
+            ct::create(work, tcp_flags)
         }
     }
-    work.flow.state = ct_state::OPENING;
-    work.flow.last_seen = ct::now();
-    choose(work)?;
-    (work.flow.state, work.flow.flags) =
-        ct_step(work.tuple.proto, work.flow.state, work.flow.flags, tcp_flags);
-    ct::create(work)
 }
 
+#[derive(Clone, Copy)]
+#[repr(u8)]
 enum Standing {
     /// The flow goes on as it was.
     Stays,
-    /// It gets another backend.
+    /// It gets another backend, or its first.
     MovesOn,
     /// It cannot go on.
     Over,
+}
+
+/// Looks for the flow. One that does not stay as it was is forgotten.
+#[inline(never)]
+fn known(work: &mut Work, tcp_flags: u8) -> Standing {
+    let Some(entry) = tables::flow(&work.tuple) else {
+        return Standing::MovesOn;
+    };
+    // SAFETY: see `ct::touch`.
+    work.flow = unsafe { *entry };
+    let standing = standing(&work.flow, work.tuple.proto, tcp_flags);
+    if matches!(standing, Standing::Stays) {
+        ct::touch(work, entry, tcp_flags);
+    } else {
+        ct::remove(work);
+    }
+    standing
 }
 
 /// What a known flow comes to when its next packet to the frontend arrives.
@@ -184,7 +188,7 @@ fn standing(known: &CtValue, proto: u8, tcp_flags: u8) -> Standing {
 }
 
 /// Chooses a backend for a new flow. Not by chance but by the flow's own number: should its entry be evicted, it finds the
-/// same backend again for as long as the service does not change.
+/// same backend again for as long as the service does not change (with a Maglev table, mostly even then).
 #[inline(always)]
 fn choose(work: &mut Work) -> Result<(), DropReason> {
     match choose_among(work, false) {
@@ -197,27 +201,28 @@ fn choose(work: &mut Work) -> Result<(), DropReason> {
 /// Chooses among the backends to which the client's ports are free, or among all.
 #[inline(never)]
 fn choose_among(work: &mut Work, all: bool) -> Result<(), DropReason> {
-    let key = frontend(&work.tuple);
-    let number = tuple_hash(&work.tuple);
-    let ipv4 = is_ipv4_mapped(&work.tuple.destination);
-    let found = select(
-        &key,
-        || number,
-        |backend_id, backend: &Backend| {
-            if is_ipv4_mapped(&backend.address) != ipv4 {
-                return Err(DropReason::FamilyMismatch);
-            }
-            work.flow.nat_address = backend.address;
-            work.flow.nat_port = backend.port;
-            work.flow.backend_id = backend_id;
-            if !all && ct::collides(work) {
-                return Err(DropReason::TupleInUse);
-            }
-            Ok(())
-        },
-    );
+    let tuple = &work.tuple;
+    let flow = &mut work.flow;
+    let pair_key = &mut work.pair_key;
+    let number = tuple_hash(tuple);
+    flow.state = ct_state::OPENING;
+    flow.last_seen = ct::now();
+    work.frontend = frontend(tuple);
+    work.client.client = tuple.source;
+    work.client.kind = affinity_kind::ADDRESS;
+    work.client.pad = [0; 3];
+    let mut request = Request {
+        frontend: &work.frontend,
+        client: &mut work.client,
+        flow: Some(number),
+    };
+    let usable = |backend_id, backend: &Backend| match take(tuple, flow, pair_key, backend, backend_id) {
+        Err(DropReason::TupleInUse) if all => Ok(()),
+        result => result,
+    };
+    let found = select(&mut request, || number, usable);
     match found {
-        Selection::Backend { service_id, .. } => {
+        Selection::Backend { service_id } => {
             work.flow.service_id = service_id;
             work.flow.flags = if work.flow.nat_address == work.tuple.source {
                 ct_flag::HAIRPIN
@@ -230,6 +235,27 @@ fn choose_among(work: &mut Work, all: bool) -> Result<(), DropReason> {
         // It was one a moment ago.
         Selection::NotAService => Err(DropReason::BackendGone),
     }
+}
+
+/// Lets the flow go to a backend, or says why it cannot.
+#[inline(never)]
+fn take(
+    tuple: &CtKey,
+    flow: &mut CtValue,
+    pair_key: &mut CtKey,
+    backend: &Backend,
+    backend_id: u32,
+) -> Result<(), DropReason> {
+    if is_ipv4_mapped(&backend.address) != is_ipv4_mapped(&tuple.destination) {
+        return Err(DropReason::FamilyMismatch);
+    }
+    flow.nat_address = backend.address;
+    flow.nat_port = backend.port;
+    flow.backend_id = backend_id;
+    if ct::collides(tuple, flow, pair_key) {
+        return Err(DropReason::TupleInUse);
+    }
+    Ok(())
 }
 
 #[inline(always)]

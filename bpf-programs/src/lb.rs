@@ -10,7 +10,7 @@ use isthmus_bpf_abi::{
 
 use crate::{
     metrics::count,
-    select::{Selection, select},
+    select::{Request, Selection, select},
     sock::{self, ALLOW, Family, REFUSE},
     tables,
 };
@@ -48,17 +48,28 @@ pub fn translate(ctx: &SockAddrContext, family: Family, choice: Choice) -> i32 {
         Choice::Random => unsafe { bpf_get_prandom_u32() },
         Choice::Sticky => flow_hash(cookie, &address, port),
     };
-    let fits = |_, backend: &Backend| {
-        if sock::fits(&backend.address, family) {
-            Ok(())
-        } else {
-            Err(DropReason::FamilyMismatch)
+    let mut backend = None;
+    let fits = |_, candidate: &Backend| {
+        if !sock::fits(&candidate.address, family) {
+            return Err(DropReason::FamilyMismatch);
         }
+        backend = Some(*candidate);
+        Ok(())
     };
-    let (backend, service_id) = match select(&frontend, number, fits) {
+    let mut client = sock::client(ctx);
+    let mut request = Request {
+        frontend: &frontend,
+        client: &mut client,
+        // A socket's port is not known yet, and no other node will ask for it.
+        flow: None,
+    };
+    let service_id = match select(&mut request, number, fits) {
         Selection::NotAService => return ALLOW,
         Selection::Nowhere(reason) => return refuse(reason, EHOSTUNREACH),
-        Selection::Backend { backend, service_id } => (backend, service_id),
+        Selection::Backend { service_id } => service_id,
+    };
+    let Some(backend) = backend else {
+        return refuse(DropReason::BackendGone, EHOSTUNREACH);
     };
     let key = reverse_key(cookie, &backend.address, backend.port, proto);
     let value = ReverseSkValue {

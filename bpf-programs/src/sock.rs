@@ -3,8 +3,11 @@
 //! The kernel gives IPv4 and IPv6 hooks different fields of one structure; [`Family`] hides which. An IPv6 socket
 //! that talks IPv4 shows IPv4-mapped addresses to the IPv6 hooks, and those are the maps' own form already.
 
-use aya_ebpf::{helpers::bpf_get_socket_cookie, programs::SockAddrContext};
-use isthmus_bpf_abi::{Address, ipv4_mapped, ipv4_of, is_ipv4_mapped};
+use aya_ebpf::{
+    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie},
+    programs::SockAddrContext,
+};
+use isthmus_bpf_abi::{Address, AffinityKey, affinity_kind, ipv4_mapped, ipv4_of, is_ipv4_mapped};
 
 /// Which of the two hooks of a call this is.
 #[derive(Clone, Copy, PartialEq)]
@@ -25,6 +28,21 @@ pub const REFUSE: i32 = 0;
 pub fn cookie(ctx: &SockAddrContext) -> u64 {
     // SAFETY: takes the program's context, which `sock_addr` is.
     unsafe { bpf_get_socket_cookie(ctx.sock_addr.cast()) }
+}
+
+/// Who asks: a socket's source address is not known yet, so the pod is known by its network namespace.
+#[inline(always)]
+pub fn client(ctx: &SockAddrContext) -> AffinityKey {
+    // SAFETY: takes the program's context, which `sock_addr` is.
+    let c = unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) }.to_ne_bytes();
+    AffinityKey {
+        client: [
+            c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], 0, 0, 0, 0, 0, 0, 0, 0,
+        ],
+        service_id: 0,
+        kind: affinity_kind::NETNS,
+        pad: [0; 3],
+    }
 }
 
 /// IANA protocol number of the socket.

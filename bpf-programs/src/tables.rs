@@ -6,9 +6,9 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
 };
 use isthmus_bpf_abi::{
-    Address, Backend, BackendKey, CONFIG_INDEX, CtKey, CtValue, DropReason, Endpoint, EndpointKey,
-    FragmentKey, FragmentValue, IpcacheKey, IpcacheValue, MetricsValue, NodeConfig, ReverseSkKey,
-    ReverseSkValue, ServiceKey, ServiceValue, maps as spec,
+    Address, AffinityKey, AffinityValue, Backend, BackendKey, CONFIG_INDEX, CtKey, CtValue, DropReason,
+    Endpoint, EndpointKey, FragmentKey, FragmentValue, IpcacheKey, IpcacheValue, MaglevChunk, MaglevKey,
+    MetricsValue, NodeConfig, ReverseSkKey, ReverseSkValue, ServiceKey, ServiceValue, maps as spec,
 };
 
 use crate::work::Work;
@@ -44,6 +44,14 @@ static CT: LruHashMap<CtKey, CtValue> = LruHashMap::pinned(spec::CT.max_entries,
 static FRAGMENTS: LruHashMap<FragmentKey, FragmentValue> =
     LruHashMap::pinned(spec::FRAGMENTS.max_entries, spec::FRAGMENTS.flags);
 
+#[map(name = "isthmus_maglev")]
+static MAGLEV: HashMap<MaglevKey, MaglevChunk> =
+    HashMap::pinned(spec::MAGLEV.max_entries, spec::MAGLEV.flags);
+
+#[map(name = "isthmus_affinity")]
+static AFFINITY: LruHashMap<AffinityKey, AffinityValue> =
+    LruHashMap::pinned(spec::AFFINITY.max_entries, spec::AFFINITY.flags);
+
 /// Not pinned: nobody else has business there.
 #[map(name = "isthmus_work")]
 static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
@@ -65,9 +73,9 @@ pub fn service(key: &ServiceKey) -> Option<ServiceValue> {
 
 /// A backend by number.
 #[inline(always)]
-pub fn backend(id: u32) -> Option<Backend> {
-    // SAFETY: as for `service`; the agent gives a number to another backend only after it has been out of use.
-    unsafe { BACKENDS.get(BackendKey { id }) }.copied()
+pub fn backend(id: u32) -> Option<&'static Backend> {
+    // SAFETY: as for `endpoint`; the agent gives a number to another backend only after it has been out of use.
+    unsafe { BACKENDS.get(BackendKey { id }) }
 }
 
 /// The frontend that a socket asked for when it got a backend.
@@ -127,6 +135,25 @@ pub fn put_flow(key: &CtKey, value: &CtValue) -> Result<(), i32> {
 #[inline(always)]
 pub fn remove_flow(key: &CtKey) {
     let _ = CT.remove(key);
+}
+
+/// A part of a service's Maglev table.
+#[inline(always)]
+pub fn maglev_chunk(service_id: u32, chunk: u32) -> Option<&'static MaglevChunk> {
+    // SAFETY: as for `endpoint`. An element that changes while it is read is the old or the new one.
+    unsafe { MAGLEV.get(MaglevKey { service_id, chunk }) }
+}
+
+/// What a client stays on, to read and to keep alive.
+#[inline(always)]
+pub fn client(key: &AffinityKey) -> Option<*mut AffinityValue> {
+    AFFINITY.get_ptr_mut(key)
+}
+
+/// Remembers what a client stays on.
+#[inline(always)]
+pub fn remember_client(key: &AffinityKey, value: &AffinityValue) {
+    let _ = AFFINITY.insert(key, value, 0);
 }
 
 /// This CPU's room to work in.

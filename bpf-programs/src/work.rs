@@ -5,7 +5,7 @@
 //! the verifier follows every value on the stack through every branch after it; what lies in a map is just bytes to it, so
 //! that the ways to parse a packet are not multiplied by all that follows.
 
-use isthmus_bpf_abi::{CtKey, CtValue};
+use isthmus_bpf_abi::{AffinityKey, CtKey, CtValue, ServiceKey};
 
 use crate::{nat::Change, parse::Packet};
 
@@ -22,6 +22,10 @@ pub struct Work {
     pub pair_key: CtKey,
     /// The flow's other entry.
     pub pair: CtValue,
+    /// The frontend that the packet is for.
+    pub frontend: ServiceKey,
+    /// Who sent it.
+    pub client: AffinityKey,
     /// What is just being replaced.
     pub change: Change,
     /// Offset of the IP header that an ICMP error quotes.

@@ -92,6 +92,14 @@ pub struct AffinityValue {
 }
 const _: () = assert!(size_of::<AffinityValue>() == 8);
 
+/// Whether a client that last opened a flow when `value` says stays on its backend at `now`, for a service with affinity for
+/// `seconds`. One that seems to come from the future (its program read the clock later than we did) stays.
+#[inline(always)]
+pub const fn affinity_holds(value: &AffinityValue, seconds: u32, now: u32) -> bool {
+    let age = now.wrapping_sub(value.last_used);
+    age >= 1 << 31 || age <= seconds
+}
+
 /// Bits of a [`SourceRangeKey`] before the address: always part of the prefix.
 pub const SOURCE_RANGE_STATIC_BITS: u32 = 32;
 

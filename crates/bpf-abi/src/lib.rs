@@ -26,7 +26,8 @@ mod metrics;
 pub use address::{Address, ipv4_mapped, ipv4_of, is_ipv4_mapped};
 pub use choice::{
     AffinityKey, AffinityValue, MAGLEV_CHUNK, MAGLEV_TABLE_SIZE_DEFAULT, MaglevChunk, MaglevKey,
-    SOURCE_RANGE_STATIC_BITS, SourceRangeKey, SourceRangeValue, affinity_kind, maglev_position,
+    SOURCE_RANGE_STATIC_BITS, SourceRangeKey, SourceRangeValue, affinity_holds, affinity_kind,
+    maglev_position,
 };
 pub use config::{CONFIG_INDEX, NodeConfig, feature};
 pub use ct::{

@@ -236,3 +236,16 @@ fn affinity_lies_in_slot_0() {
     assert_eq!((value.affinity_seconds(), value.count), (10_800, 2));
     assert_eq!(value.flags, service_flag::CLUSTER_IP | service_flag::AFFINITY);
 }
+
+#[test]
+fn affinity_holds_for_its_seconds_and_no_longer() {
+    for last_used in [100, u32::MAX - 5] {
+        let value = AffinityValue {
+            last_used,
+            backend_id: 7,
+        };
+        let at = |after: u32| affinity_holds(&value, 10, last_used.wrapping_add(after));
+        assert_eq!((at(0), at(10), at(11), at(1 << 30)), (true, true, false, false));
+        assert!(at(u32::MAX), "a clock that was read a second ago");
+    }
+}

@@ -5,9 +5,10 @@
 use std::path::Path;
 
 use isthmus_bpf_abi::{
-    Backend, BackendKey, CONFIG_INDEX, CtKey, CtValue, Direction, DropReason, Endpoint, EndpointKey,
-    FragmentKey, FragmentValue, IpcacheKey, IpcacheValue, MetricsValue, NodeConfig, ReverseSkKey,
-    ReverseSkValue, ServiceKey, ServiceValue,
+    AffinityKey, AffinityValue, Backend, BackendKey, CONFIG_INDEX, CtKey, CtValue, Direction, DropReason,
+    Endpoint, EndpointKey, FragmentKey, FragmentValue, IpcacheKey, IpcacheValue, MaglevChunk, MaglevKey,
+    MetricsValue, NodeConfig, ReverseSkKey, ReverseSkValue, ServiceKey, ServiceValue, SourceRangeKey,
+    SourceRangeValue,
     maps::{self, MapSpec},
     metric_index,
 };
@@ -34,6 +35,12 @@ pub struct Tables {
     pub ct: Map<CtKey, CtValue>,
     /// Ports of fragmented datagrams; written by the programs.
     pub fragments: Map<FragmentKey, FragmentValue>,
+    /// Maglev tables, in chunks.
+    pub maglev: Map<MaglevKey, MaglevChunk>,
+    /// From clients to the backends they stay on; written by the programs.
+    pub affinity: Map<AffinityKey, AffinityValue>,
+    /// Prefixes that may ask services.
+    pub source_ranges: Map<SourceRangeKey, SourceRangeValue>,
     /// Packet counters; written by the programs.
     pub metrics: Map<u32, MetricsValue>,
     /// The node's configuration.
@@ -63,6 +70,9 @@ impl Tables {
             endpoints: create(&dir, &maps::ENDPOINTS)?,
             ct: create(&dir, &maps::CT)?,
             fragments: create(&dir, &maps::FRAGMENTS)?,
+            maglev: create(&dir, &maps::MAGLEV)?,
+            affinity: create(&dir, &maps::AFFINITY)?,
+            source_ranges: create(&dir, &maps::SOURCE_RANGES)?,
             metrics: create(&dir, &maps::METRICS)?,
             config: create(&dir, &maps::CONFIG)?,
         })
@@ -79,6 +89,9 @@ impl Tables {
             endpoints: open(&dir, &maps::ENDPOINTS)?,
             ct: open(&dir, &maps::CT)?,
             fragments: open(&dir, &maps::FRAGMENTS)?,
+            maglev: open(&dir, &maps::MAGLEV)?,
+            affinity: open(&dir, &maps::AFFINITY)?,
+            source_ranges: open(&dir, &maps::SOURCE_RANGES)?,
             metrics: open(&dir, &maps::METRICS)?,
             config: open(&dir, &maps::CONFIG)?,
         })
@@ -94,6 +107,9 @@ impl Tables {
             endpoints: Map::create(&maps::ENDPOINTS)?,
             ct: Map::create(&maps::CT)?,
             fragments: Map::create(&maps::FRAGMENTS)?,
+            maglev: Map::create(&maps::MAGLEV)?,
+            affinity: Map::create(&maps::AFFINITY)?,
+            source_ranges: Map::create(&maps::SOURCE_RANGES)?,
             metrics: Map::create(&maps::METRICS)?,
             config: Map::create(&maps::CONFIG)?,
         })
