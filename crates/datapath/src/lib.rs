@@ -14,6 +14,7 @@ pub mod conntrack;
 pub mod device;
 pub mod links;
 pub mod map;
+pub mod migrate;
 pub mod pins;
 pub mod preflight;
 pub mod programs;

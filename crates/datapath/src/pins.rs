@@ -23,7 +23,10 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
-use crate::map::{Map, MapError, MapOpenError};
+use crate::{
+    map::{Map, MapError, MapOpenError},
+    migrate::{self, MigrateError},
+};
 
 /// Everything of ours.
 pub fn root_dir(bpf_root: &Path) -> PathBuf {
@@ -72,6 +75,17 @@ pub enum PinError {
     /// The version's map.
     #[error("cannot read or write the pinned ABI version")]
     Version(#[source] MapError),
+    /// Maps of an older version cannot be carried over.
+    #[error("the maps below {path} have ABI version {found} and cannot be carried over to {ABI_VERSION}")]
+    Migrate {
+        /// Where.
+        path: String,
+        /// Version there.
+        found: u32,
+        /// Why.
+        #[source]
+        source: Box<MigrateError>,
+    },
     /// Maps of another version lie there.
     #[error(
         "the maps below {path} have ABI version {found}, this version needs {ABI_VERSION}: stop the agent, \
@@ -94,7 +108,7 @@ const ABI_MAP: MapSpec = MapSpec {
     flags: 0,
 };
 
-/// Makes the folders, on a bpffs, and compares the ABI version.
+/// Makes the folders, on a bpffs, and compares the ABI version; maps of version 1 are carried over ([`migrate`]).
 pub fn prepare(bpf_root: &Path) -> Result<(), PinError> {
     create_dir(bpf_root)?;
     if !is_bpffs(bpf_root) {
@@ -125,6 +139,15 @@ pub fn prepare(bpf_root: &Path) -> Result<(), PinError> {
         ABI_VERSION => Ok(()),
         // Zero: just made, or its maker died before it wrote, and so before it made any other map.
         0 => version.put(&0, &ABI_VERSION).map_err(PinError::Version),
+        found @ migrate::VERSION_MIN => {
+            migrate::from_1(&maps_dir(bpf_root)).map_err(|source| PinError::Migrate {
+                path: root.display().to_string(),
+                found,
+                source: Box::new(source),
+            })?;
+            tracing::info!(from = found, to = ABI_VERSION, "maps of an older version are carried over");
+            version.put(&0, &ABI_VERSION).map_err(PinError::Version)
+        }
         found => Err(PinError::VersionMismatch {
             path: root.display().to_string(),
             found,

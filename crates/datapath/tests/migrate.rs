@@ -1,0 +1,124 @@
+//! An agent that meets the maps of ABI version 1: they are carried over, and no connection notices.
+#![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
+
+use std::{fs, path::Path};
+
+use isthmus_bpf_abi::{
+    ABI_VERSION, DropReason, MetricsValue, NodeConfig,
+    maps::{self, MapKind, MapSpec},
+};
+use isthmus_datapath::{DatapathConfig, Map, pins};
+
+#[path = "support/lab.rs"]
+mod lab;
+#[path = "support/services.rs"]
+mod services;
+
+use lab::{Lab, address, in_namespace, open_in, run};
+use services::{connect, echo, put_service, serve};
+
+const VIP: &str = "10.96.0.10:80";
+const CONFIG_1: MapSpec = MapSpec {
+    value_size: 80,
+    ..maps::CONFIG
+};
+const METRICS_1: MapSpec = MapSpec {
+    max_entries: 256,
+    ..maps::METRICS
+};
+
+fn version(config: &DatapathConfig) -> Map<u32, u32> {
+    let spec = MapSpec {
+        name: "isthmus_abi",
+        kind: MapKind::Array,
+        key_size: 4,
+        value_size: 4,
+        max_entries: 1,
+        flags: 0,
+    };
+    Map::open_or_create(&spec, &pins::root_dir(&config.bpf_root).join("abi")).unwrap()
+}
+
+fn repin(dir: &Path, name: &str) -> std::path::PathBuf {
+    let path = dir.join(name);
+    fs::remove_file(&path).unwrap();
+    path
+}
+
+/// Makes the pins look as version 1 left them; what they held is `node`.
+fn as_version_1(config: &DatapathConfig, node: &[u8; 80]) {
+    let dir = pins::maps_dir(&config.bpf_root);
+    let map = Map::<u32, [u8; 80]>::open_or_create(&CONFIG_1, &repin(&dir, CONFIG_1.name)).unwrap();
+    map.put(&0, node).unwrap();
+    let path = repin(&dir, METRICS_1.name);
+    Map::<u32, MetricsValue>::open_or_create(&METRICS_1, &path).unwrap();
+    for new in [
+        maps::CT,
+        maps::FRAGMENTS,
+        maps::MAGLEV,
+        maps::AFFINITY,
+        maps::SOURCE_RANGES,
+    ] {
+        fs::remove_file(dir.join(new.name)).unwrap();
+    }
+    // Another build's programs.
+    let programs = pins::programs_dir(&config.bpf_root);
+    for object in fs::read_dir(&programs).unwrap() {
+        let object = object.unwrap().path();
+        let as_of_another_build = object.with_file_name("of_another_build");
+        fs::rename(object, as_of_another_build).unwrap();
+    }
+    version(config).put(&0, &1).unwrap();
+}
+
+#[test]
+fn maps_of_version_1_are_carried_over_under_an_open_connection() {
+    let mut lab = Lab::new();
+    let namespace = lab.namespace("node");
+    run(&[
+        "ip",
+        "-n",
+        &namespace,
+        "address",
+        "add",
+        "192.0.2.1/32",
+        "dev",
+        "lo",
+    ]);
+    let config = lab.datapath_config();
+    let first = open_in(&namespace, &config);
+    put_service(&first, 1, VIP, &[(1, "192.0.2.1:8080")]);
+    let mut stream = in_namespace(&namespace, || {
+        serve("192.0.2.1:8080", "one");
+        connect(VIP).unwrap().0
+    });
+    drop(first);
+    let mut bytes = [0; 80];
+    bytes[32..48].copy_from_slice(&address("10.1.0.1"));
+    bytes[64..68].copy_from_slice(&7_u32.to_ne_bytes());
+    as_version_1(&config, &bytes);
+    // Who died in the middle of it left this behind.
+    let left_over = pins::maps_dir(&config.bpf_root).join(format!("{}_new", maps::CONFIG_NAME));
+    Map::<u32, [u8; 80]>::open_or_create(&CONFIG_1, &left_over).unwrap();
+
+    let second = open_in(&namespace, &config);
+    assert!(!left_over.exists());
+    assert_eq!(version(&config).lookup(&0).unwrap(), Some(ABI_VERSION));
+    let expected = NodeConfig {
+        router_ipv4: address("10.1.0.1"),
+        vxlan_ifindex: 7,
+        ..NodeConfig::default()
+    };
+    assert_eq!(second.tables().node_config().unwrap(), expected);
+    assert_eq!(second.tables().services.dump().unwrap().len(), 4);
+    echo(&mut stream).unwrap();
+    in_namespace(&namespace, || connect(VIP).unwrap());
+    let counters = second.tables().counters().unwrap();
+    assert_eq!(counters.len(), 1, "counters began anew: {counters:?}");
+    assert_eq!(counters[0].reason, DropReason::Translated);
+    drop(second);
+    // Nothing is left to carry over.
+    let third = open_in(&namespace, &config);
+    assert_eq!(third.tables().node_config().unwrap(), expected);
+    assert_eq!(third.tables().counters().unwrap(), counters);
+}
