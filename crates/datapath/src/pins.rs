@@ -145,7 +145,11 @@ pub fn prepare(bpf_root: &Path) -> Result<(), PinError> {
                 found,
                 source: Box::new(source),
             })?;
-            tracing::info!(from = found, to = ABI_VERSION, "maps of an older version are carried over");
+            tracing::info!(
+                from = found,
+                to = ABI_VERSION,
+                "maps of an older version are carried over"
+            );
             version.put(&0, &ABI_VERSION).map_err(PinError::Version)
         }
         found => Err(PinError::VersionMismatch {

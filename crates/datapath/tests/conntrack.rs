@@ -1,12 +1,28 @@
-//! The conntrack table's sweep: what is over goes, in bounded steps, and nothing else.
+//! The conntrack table: its sweep (what is over goes, in bounded steps, and nothing else), and what happens when it is full.
 #![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
-use isthmus_bpf_abi::{CtKey, CtValue, PROTO_TCP, PROTO_UDP, ct_flag, ct_state, ipv4_mapped};
+use isthmus_bpf_abi::{
+    CtKey, CtValue, DropReason, PROTO_TCP, PROTO_UDP, TCP_ACK, TCP_SYN, ct_flag, ct_state, ipv4_mapped, maps,
+};
 use isthmus_datapath::{
     Tables,
     conntrack::{self, Sweep},
     map::BATCH_ENTRIES_MAX,
 };
+
+#[path = "support/frames.rs"]
+mod frames;
+#[path = "support/lab.rs"]
+mod lab;
+#[path = "support/pair.rs"]
+mod pair;
+#[path = "support/services.rs"]
+mod services;
+#[path = "support/transport.rs"]
+mod transport;
+
+use pair::{LOCAL, Node, OTHER, POD, REDIRECT, REMOTE, VIP};
+use transport::{ends, read, tcp};
 
 const ENTRIES: u32 = 20_000;
 const NOW: u32 = 100_000;
@@ -86,4 +102,53 @@ fn a_clock_that_the_programs_read_later_removes_nothing() {
     let mut sweep = Sweep::default();
     sweep.step(&tables, NOW).unwrap();
     assert_eq!((sweep.seen, sweep.removed), (1, 0));
+}
+
+/// More flows than fit: the oldest entries make room, new flows go through, and an open one finds its backend again.
+#[test]
+fn a_full_table_breaks_no_flow() {
+    Node::check(|node| {
+        node.service(1, VIP[0], PROTO_TCP, &[LOCAL[0], REMOTE[0]]);
+        let open: Vec<_> = (0..32)
+            .map(|port| {
+                let asked = ends(&format!("10.1.0.5:{}", 30_000 + port), VIP[0]);
+                node.expect(
+                    0,
+                    &tcp(POD, asked, TCP_SYN, b""),
+                    REDIRECT,
+                    DropReason::Translated,
+                );
+                let out = node.send(0, &tcp(POD, asked, TCP_ACK, b"")).1;
+                (asked, read(&out).ends)
+            })
+            .collect();
+        let ct = &node.datapath.tables().ct;
+        let keys: Vec<_> = (0..maps::CT_MAX * 3 / 2).map(key).collect();
+        let values = vec![value(NOW); keys.len()];
+        assert!(ct.put_batch(&keys, &values).is_empty());
+        let len = ct.dump().unwrap().len() as u32;
+        assert!((maps::CT_MAX / 2..=maps::CT_MAX).contains(&len), "{len}");
+        // Whom the kernel spares is its own choice; these it has not.
+        for (asked, reached) in open.iter().step_by(2) {
+            ct.delete(&pair::key(*asked, PROTO_TCP)).unwrap();
+            ct.delete(&pair::key(reached.back(), PROTO_TCP)).unwrap();
+        }
+        for (asked, reached) in open {
+            let data = tcp(POD, asked, TCP_ACK, b"data");
+            let out = node.expect(0, &data, REDIRECT, DropReason::Translated);
+            assert_eq!(read(&out).ends, reached);
+            if reached.destination == transport::end(LOCAL[0]) {
+                let answer = tcp(OTHER, reached.back(), TCP_ACK, b"data");
+                let out = node.expect(1, &answer, REDIRECT, DropReason::Translated);
+                assert_eq!(read(&out).ends, asked.back());
+            }
+        }
+        let asked = ends("10.1.0.5:20000", VIP[0]);
+        node.expect(
+            0,
+            &tcp(POD, asked, TCP_SYN, b""),
+            REDIRECT,
+            DropReason::Translated,
+        );
+    });
 }
