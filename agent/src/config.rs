@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
+use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use clap::Parser;
+use isthmus_mesh::{MaglevConfig, maglev::TABLE_SIZES};
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
 use isthmus_runtime::command_line::{FlagError, LogArgs};
 
@@ -77,6 +79,30 @@ pub struct Args {
     /// MTU of pods' interfaces; 0 takes it from the device that carries the tunnels.
     #[arg(long, env = "ISTHMUS_MTU", value_name = "BYTES", default_value_t = 0)]
     mtu: u32,
+    /// How a backend is chosen for services that do not say it: random or maglev.
+    #[arg(
+        long,
+        env = "ISTHMUS_BPF_LB_ALGORITHM",
+        value_name = "NAME",
+        default_value = "random"
+    )]
+    bpf_lb_algorithm: String,
+    /// Entries of a service's Maglev table, the same on all nodes: 251, 509, 1021, 2039, 4093, 8191, 16381, 32749, 65521 or 131071.
+    #[arg(
+        long,
+        env = "ISTHMUS_BPF_LB_MAGLEV_TABLE_SIZE",
+        value_name = "N",
+        default_value_t = 16_381
+    )]
+    bpf_lb_maglev_table_size: u32,
+    /// Seed of Maglev tables, the same on all nodes: 12 bytes in base64.
+    #[arg(
+        long,
+        env = "ISTHMUS_BPF_LB_MAGLEV_HASH_SEED",
+        value_name = "BASE64",
+        default_value = "JLfvgnHc2kaSUFaI"
+    )]
+    bpf_lb_maglev_hash_seed: String,
     /// UDP port on which agents probe each other through the tunnels; 0 turns probes off.
     #[arg(
         long,
@@ -174,6 +200,8 @@ pub struct Config {
     pub tunnel_port: u16,
     /// MTU of pods' interfaces; `None` takes it from the device.
     pub mtu: Option<u32>,
+    /// How Maglev tables are made.
+    pub maglev: MaglevConfig,
     /// UDP port of probes; `None` turns them off.
     pub health_port: Option<u16>,
     /// Translate at the socket.
@@ -256,6 +284,38 @@ impl Args {
                     "it takes 1s to 1h, a number with a unit",
                 )
             })?;
+        let maglev = MaglevConfig {
+            table_size: self.bpf_lb_maglev_table_size,
+            seed: BASE64
+                .decode(&self.bpf_lb_maglev_hash_seed)
+                .ok()
+                .and_then(|bytes| bytes.try_into().ok())
+                .ok_or_else(|| {
+                    FlagError::new(
+                        "bpf-lb-maglev-hash-seed",
+                        &self.bpf_lb_maglev_hash_seed,
+                        "it takes 12 bytes in base64, 16 characters",
+                    )
+                })?,
+            by_default: match self.bpf_lb_algorithm.as_str() {
+                "random" => false,
+                "maglev" => true,
+                other => {
+                    return Err(FlagError::new(
+                        "bpf-lb-algorithm",
+                        other,
+                        "it takes random or maglev",
+                    ));
+                }
+            },
+        };
+        if !TABLE_SIZES.contains(&maglev.table_size) {
+            return Err(FlagError::new(
+                "bpf-lb-maglev-table-size",
+                maglev.table_size,
+                format!("it takes one of {TABLE_SIZES:?}"),
+            ));
+        }
         let sync_timeout = parse_duration(&self.clustermesh_sync_timeout).ok_or_else(|| {
             FlagError::new(
                 "clustermesh-sync-timeout",
@@ -272,6 +332,7 @@ impl Args {
             places,
             tunnel_port: self.tunnel_port,
             mtu: (self.mtu != 0).then_some(self.mtu),
+            maglev,
             health_port: (self.cluster_health_port != 0).then_some(self.cluster_health_port),
             socket_lb: self.bpf_lb_sock,
             no_backend_answer,
@@ -343,6 +404,7 @@ mod tests {
         };
         assert_eq!(config.sync_timeout, Duration::from_secs(90));
         assert_eq!(config.mtu, Some(1450));
+        assert_eq!(config.maglev, MaglevConfig::default());
         assert_eq!(config.health_port, Some(4240));
         assert!(config.socket_lb && config.no_backend_answer);
         let Ok(Command::Run(config)) =
@@ -362,6 +424,9 @@ mod tests {
             ("node-name", "a/b"),
             ("mtu", "100"),
             ("tunnel-port", "0"),
+            ("bpf-lb-algorithm", "rr"),
+            ("bpf-lb-maglev-table-size", "16384"),
+            ("bpf-lb-maglev-hash-seed", "c2hvcnQ="),
             ("clustermesh-sync-timeout", "soon"),
             ("service-no-backend-response", "sulk"),
             ("conntrack-gc-interval", "0s"),

@@ -37,6 +37,8 @@ pub fn map_of(op: &MapOp) -> &'static str {
     match op {
         MapOp::ServicePut(..) | MapOp::ServiceDelete(_) => maps::SERVICES_NAME,
         MapOp::BackendPut(..) | MapOp::BackendDelete(_) => maps::BACKENDS_NAME,
+        MapOp::MaglevPut(..) | MapOp::MaglevDelete(_) => maps::MAGLEV_NAME,
+        MapOp::SourceRangePut(_) | MapOp::SourceRangeDelete(_) => maps::SOURCE_RANGES_NAME,
         MapOp::IpcachePut(..) | MapOp::IpcacheDelete(_) => maps::IPCACHE_NAME,
         MapOp::EndpointPut(..) | MapOp::EndpointDelete(_) => maps::ENDPOINTS_NAME,
     }
@@ -48,10 +50,14 @@ impl Counters {
         let action = match op {
             MapOp::ServicePut(..)
             | MapOp::BackendPut(..)
+            | MapOp::MaglevPut(..)
+            | MapOp::SourceRangePut(_)
             | MapOp::IpcachePut(..)
             | MapOp::EndpointPut(..) => "put",
             MapOp::ServiceDelete(_)
             | MapOp::BackendDelete(_)
+            | MapOp::MaglevDelete(_)
+            | MapOp::SourceRangeDelete(_)
             | MapOp::IpcacheDelete(_)
             | MapOp::EndpointDelete(_) => "delete",
         };

@@ -131,6 +131,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
             cluster_id: config.cluster_id,
             max: config.max_clusters,
             node: config.node_name.clone(),
+            maglev: config.maglev,
         },
         dump,
     );
@@ -271,6 +272,7 @@ fn network_task(
         tunnel_port: config.tunnel_port,
         mtu: config.mtu,
         features: features(config),
+        maglev_table_size: config.maglev.table_size,
     };
     async move {
         network::run(netlink, datapath, settings, endpoints, inputs, outputs, shutdown).await;

@@ -59,6 +59,8 @@ pub struct Settings {
     pub mtu: Option<u32>,
     /// What the programs do, bits of `bpf-abi`'s `feature`.
     pub features: u32,
+    /// Entries of each Maglev table.
+    pub maglev_table_size: u32,
 }
 
 /// Who is told.
@@ -256,7 +258,12 @@ impl Task {
             router_ips: node.router_ips.clone(),
         };
         let vxlan_ifindex = device::ensure_vxlan(&self.netlink, &vxlan).await?;
-        let config = node.config(self.settings.cluster_id, vxlan_ifindex, self.settings.features);
+        let config = node.config(
+            self.settings.cluster_id,
+            vxlan_ifindex,
+            self.settings.features,
+            self.settings.maglev_table_size,
+        );
         let datapath = Arc::clone(&self.datapath);
         let steps = move || {
             device::enable_forwarding()?;

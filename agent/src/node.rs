@@ -5,9 +5,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{Ipv4Net, Ipv6Net};
-use isthmus_bpf_abi::{
-    Endpoint, EndpointKey, IDENTITY_REMOTE_NODE, MAGLEV_TABLE_SIZE_DEFAULT, NodeConfig, feature,
-};
+use isthmus_bpf_abi::{Endpoint, EndpointKey, IDENTITY_REMOTE_NODE, NodeConfig, feature};
 use isthmus_mesh::to_address;
 use isthmus_model::{ClusterId, Node, NumericIdentity};
 
@@ -86,8 +84,14 @@ impl LocalNode {
         self.router_ips.iter().find(|ip| ip.is_ipv4() == ipv4).copied()
     }
 
-    /// The programs' configuration, with these bits of [`feature`].
-    pub fn config(&self, cluster_id: ClusterId, vxlan_ifindex: u32, features: u32) -> NodeConfig {
+    /// The programs' configuration, with these bits of [`feature`] and tables of so many entries.
+    pub fn config(
+        &self,
+        cluster_id: ClusterId,
+        vxlan_ifindex: u32,
+        features: u32,
+        maglev_table_size: u32,
+    ) -> NodeConfig {
         let address = |ip: Option<IpAddr>| ip.map(to_address).unwrap_or_default();
         NodeConfig {
             node_ipv4: address(self.ipv4.map(IpAddr::V4)),
@@ -99,7 +103,7 @@ impl LocalNode {
             features: feature::SOURCE_CHECK | features,
             cluster_id: cluster_id.get(),
             pad: 0,
-            maglev_table_size: MAGLEV_TABLE_SIZE_DEFAULT,
+            maglev_table_size,
             snat_port_min: 0,
             snat_port_max: 0,
         }
@@ -148,7 +152,7 @@ mod tests {
         assert_eq!(local.router_ip(true), Some("10.1.2.1".parse().unwrap()));
         assert_eq!(local.router_ip(false), Some("fd00:1:2::1".parse().unwrap()));
         assert_eq!(local.tunnel_endpoint, "172.18.0.2".parse::<IpAddr>().unwrap());
-        let config = local.config(node().cluster_id, 7, feature::PACKET_LB);
+        let config = local.config(node().cluster_id, 7, feature::PACKET_LB, 251);
         assert_eq!(config.features, feature::SOURCE_CHECK | feature::PACKET_LB);
         assert_eq!(config.router_ipv4, isthmus_bpf_abi::ipv4_mapped([10, 1, 2, 1]));
         assert_eq!((config.vxlan_ifindex, config.cluster_id), (7, 1));

@@ -411,6 +411,11 @@ impl Rounds {
         if status::remotes_pass(&self.facts, now) {
             self.facts.remotes_passed = true;
         }
+        let before = self.facts.state.has_changes();
+        self.facts.state.advance(now);
+        if !before && self.facts.state.has_changes() {
+            self.next_since = Some(Instant::now());
+        }
         self.report(now);
         self.counters.export(&self.facts, &self.outputs.metrics, now);
     }

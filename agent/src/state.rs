@@ -21,10 +21,11 @@ pub mod views;
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
+    time::Duration,
 };
 
 use isthmus_bpf_abi::{Endpoint as EndpointEntry, EndpointKey, IpcacheKey, IpcacheValue};
-use isthmus_mesh::{Ipcache, LbDump, LoadBalancer, Plan, Routes};
+use isthmus_mesh::{Ipcache, LbDump, LoadBalancer, MaglevConfig, Plan, Routes};
 use isthmus_model::{
     ClusterId, ClusterName, IdentityRange, Labels, MaxConnectedClusters, Node, NumericIdentity, ServiceName,
 };
@@ -138,6 +139,8 @@ pub struct Identity {
     pub max: MaxConnectedClusters,
     /// This node.
     pub node: String,
+    /// How Maglev tables are made.
+    pub maglev: MaglevConfig,
 }
 
 /// What a feed carries.
@@ -185,7 +188,7 @@ pub struct State {
 impl State {
     /// Knows what is in the maps, and nothing else.
     pub fn new(identity: Identity, dump: MapDump) -> Self {
-        let mut lb = LoadBalancer::new(identity.cluster_id);
+        let mut lb = LoadBalancer::on_node(identity.cluster_id, &identity.node, identity.maglev);
         lb.restore(&dump.lb);
         let mut ipcache = Ipcache::new(identity.cluster_id, identity.max, &identity.node);
         ipcache.restore(&dump.ipcache);
@@ -280,6 +283,11 @@ impl State {
     /// Whether [`Self::drain`] has something to do.
     pub fn has_changes(&self) -> bool {
         self.lb.has_changes() || self.ipcache.has_changes() || self.local.has_changes()
+    }
+
+    /// Says the time since the agent's start: backends that start slowly go on.
+    pub fn advance(&mut self, now: Duration) {
+        self.lb.advance(now);
     }
 
     /// Every plan that was drained has been tried, and there is nothing to drain: what is listed is applied.

@@ -413,6 +413,7 @@ mod tests {
             cluster_id: isthmus_model::ClusterId::new(1, max).unwrap(),
             max,
             node: "n1".into(),
+            maglev: Default::default(),
         };
         Facts {
             state: State::new(identity, crate::state::MapDump::default()),

@@ -1,7 +1,7 @@
 //! The full pass: now and then all maps are dumped and compared with what they should hold. What it finds is counted as a
 //! bug, and fixed. Rounds go on meanwhile.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use isthmus_datapath::{Datapath, MapError};
 use isthmus_mesh::LbDump;
@@ -86,6 +86,18 @@ pub fn dump(datapath: &Datapath) -> Result<MapDump, MapError> {
                 .dump()?
                 .into_iter()
                 .map(|(key, value)| (key.id, value))
+                .collect(),
+            maglev: tables
+                .maglev
+                .dump()?
+                .into_iter()
+                .map(|(key, chunk)| (key, Arc::new(chunk)))
+                .collect(),
+            source_ranges: tables
+                .source_ranges
+                .dump()?
+                .into_iter()
+                .map(|(key, _)| key)
                 .collect(),
         },
         ipcache: tables.ipcache.dump()?,

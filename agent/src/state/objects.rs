@@ -20,6 +20,9 @@ pub(super) enum Buffered {
     Gone(ObjectName),
 }
 
+/// Kubernetes' label for a node's zone.
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+
 impl State {
     pub(super) fn on_listed(&mut self, source: &Source) {
         match source.kind {
@@ -103,7 +106,13 @@ impl State {
                 self.routes.upsert_node(&node);
                 self.routes_changed = true;
                 if own && node.name == self.identity.node {
-                    self.local.set_node(LocalNode::new(&node));
+                    let local = LocalNode::new(&node);
+                    if let Ok(local) = &local {
+                        self.lb.set_node_addresses(local.addresses.iter().copied());
+                    }
+                    self.lb
+                        .set_zone(node.labels.get(ZONE_LABEL).map_or("", String::as_str));
+                    self.local.set_node(local);
                 }
                 self.nodes
                     .insert((source.cluster.clone(), node.name.clone()), node);

@@ -6,8 +6,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use isthmus_bpf_abi::{Backend, ServiceKey, ServiceValue};
 use isthmus_mesh::MapOp;
 use isthmus_model::{
-    Affinity, IpEntry, ServiceFrame, ServicePort, ServiceType, SessionAffinity, Slice, SliceEndpoint,
-    SlicePort,
+    Affinity, IpEntry, ServiceFrame, ServicePort, ServiceType, Slice, SliceEndpoint, SlicePort,
 };
 use isthmus_wire::{ip, keys::Kind, node, slice};
 use proptest::prelude::*;
@@ -30,8 +29,7 @@ fn service() -> ServiceName {
 }
 
 fn a_node(cluster: &str, number: u8) -> Node {
-    let id = id(cluster);
-    let c = id.get() as u8;
+    let (id, c) = (id(cluster), id(cluster).get() as u8);
     Node {
         name: format!("n{number}"),
         cluster: name(cluster),
@@ -69,7 +67,7 @@ fn frame(cluster: &str) -> ServiceFrame {
         global: true,
         shared: true,
         affinity: Affinity::None,
-        session_affinity: SessionAffinity::None,
+        session_affinity: Default::default(),
         traffic: Default::default(),
         labels: BTreeMap::new(),
         selector: BTreeMap::new(),
@@ -177,7 +175,7 @@ struct Maps {
 
 impl Maps {
     fn apply(&mut self, op: &MapOp) {
-        match *op {
+        match op.clone() {
             MapOp::ServicePut(key, value) => drop(self.services.insert(key, value)),
             MapOp::ServiceDelete(key) => drop(self.services.remove(&key)),
             MapOp::BackendPut(id, value) => drop(self.backends.insert(id, value)),
@@ -186,6 +184,7 @@ impl Maps {
             MapOp::IpcacheDelete(key) => drop(self.ipcache.remove(&key)),
             MapOp::EndpointPut(key, value) => drop(self.endpoints.insert(key, value)),
             MapOp::EndpointDelete(key) => drop(self.endpoints.remove(&key)),
+            other => panic!("no service asks for {other:?}"),
         }
     }
 
@@ -194,6 +193,7 @@ impl Maps {
             lb: LbDump {
                 services: self.services.clone().into_iter().collect(),
                 backends: self.backends.clone().into_iter().collect(),
+                ..LbDump::default()
             },
             ipcache: self.ipcache.clone().into_iter().collect(),
             endpoints: self.endpoints.clone().into_iter().collect(),
@@ -229,6 +229,7 @@ impl Agent {
             cluster_id: id("c1"),
             max: MAX,
             node: "n1".into(),
+            maglev: Default::default(),
         };
         let mut agent = Self {
             state: State::new(identity, maps.dump()),

@@ -4,10 +4,12 @@
 //! In: operations. Out: a report with one result for each. Repeating a list is safe; deleting what is absent succeeds.
 //!
 //! A failed operation does not stop those after it: a full ipcache must not keep a service from failing over. One
-//! thing is held back: when a backend or slot could not be written, old slots may still name old backends, so the
+//! thing is held back: when a backend, slot or table could not be written, old slots may still name old backends, so the
 //! deletions of backends in the same list are not done, and reported as [`OpError::Withheld`]. The caller plans again.
 
-use isthmus_bpf_abi::{BackendKey, EndpointKey, IpcacheKey, ServiceKey};
+use isthmus_bpf_abi::{
+    BackendKey, EndpointKey, IpcacheKey, MaglevKey, ServiceKey, SourceRangeKey, SourceRangeValue,
+};
 use isthmus_mesh::MapOp;
 
 use crate::{
@@ -66,8 +68,11 @@ pub fn apply(tables: &Tables, ops: &[MapOp]) -> ApplyReport {
                 .extend((at..at + run.len()).map(|index| (index, OpError::Withheld)));
         } else {
             let failures = apply_run(tables, run);
-            load_balancing_failed |=
-                !failures.is_empty() && matches!(run[0], MapOp::BackendPut(..) | MapOp::ServicePut(..));
+            load_balancing_failed |= !failures.is_empty()
+                && matches!(
+                    run[0],
+                    MapOp::BackendPut(..) | MapOp::ServicePut(..) | MapOp::MaglevPut(..)
+                );
             report.failed.extend(
                 failures
                     .into_iter()
@@ -103,6 +108,16 @@ fn apply_run(tables: &Tables, run: &[MapOp]) -> Failures {
         Some(MapOp::ServiceDelete(_)) => delete!(services, ServiceDelete),
         Some(MapOp::BackendPut(..)) => put!(backends, BackendPut),
         Some(MapOp::BackendDelete(_)) => delete!(backends, BackendDelete),
+        Some(MapOp::MaglevPut(..)) => put_run(&tables.maglev, run, |op| match op {
+            MapOp::MaglevPut(key, chunk) => Some((*key, **chunk)),
+            _ => None,
+        }),
+        Some(MapOp::MaglevDelete(_)) => delete!(maglev, MaglevDelete),
+        Some(MapOp::SourceRangePut(_)) => put_run(&tables.source_ranges, run, |op| match op {
+            MapOp::SourceRangePut(key) => Some((*key, SourceRangeValue { allowed: 1 })),
+            _ => None,
+        }),
+        Some(MapOp::SourceRangeDelete(_)) => delete!(source_ranges, SourceRangeDelete),
         Some(MapOp::IpcachePut(..)) => put!(ipcache, IpcachePut),
         Some(MapOp::IpcacheDelete(_)) => delete!(ipcache, IpcacheDelete),
         Some(MapOp::EndpointPut(..)) => put!(endpoints, EndpointPut),
@@ -130,7 +145,7 @@ macro_rules! named_by_key {
         })*
     };
 }
-named_by_key!(ServiceKey, IpcacheKey, EndpointKey);
+named_by_key!(ServiceKey, IpcacheKey, EndpointKey, MaglevKey, SourceRangeKey);
 
 /// Gathers a batch's worth of entries at a time: the buffers stay in the cache, whatever the list's length.
 fn put_run<K: Layout, V: Layout>(

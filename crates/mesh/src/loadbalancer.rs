@@ -1,8 +1,9 @@
 //! Merges the services of all clusters into frontends and their backends, and plans the map writes for what changed.
 //!
 //! In: frames and slices of every cluster, which clusters answer, which sources are listed in full. Out: [plans](crate::Plan).
-//! A change touches one service: its tables (`record`), its backend groups (`group`), the selection by affinity
-//! (`select`). Frontends and their numbers are in `frontend`, operations in `drain`, restart in `restore`.
+//! A change touches one service: its tables (`record`), its backend groups (`group`), the selection by tiers and affinity
+//! (`order`, `select`), slots by share (`allot`), Maglev tables (`table`). Where a service can be asked is in `exposed`,
+//! frontends and their numbers are in `frontend`, operations in `drain`, restart in `restore`.
 //!
 //! Invariants: a remote cluster never adds a frontend that the local cluster does not have; an unanswering cluster's
 //! backends are used only when nothing else is left; of two clusters that name one address and port the local one owns
@@ -12,35 +13,45 @@
 //! map. So every change stays within one service, and each slot that names a backend belongs to that service.
 //! A `service_id` is a frontend's own, as in Cilium (its reverse NAT index).
 
+mod allot;
 mod candidate;
+mod change;
 mod contribute;
 mod drain;
+mod exposed;
 mod frontend;
 mod group;
+mod order;
 mod record;
 mod restore;
 mod select;
+mod table;
 mod view;
+mod zones;
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use hashbrown::{DefaultHashBuilder, HashMap};
-use isthmus_bpf_abi::{Address, ServiceKey, maps, service_flag};
+use isthmus_bpf_abi::{Address, MaglevKey, ServiceKey, SourceRangeKey, maps};
 use isthmus_model::{ClusterId, ClusterName, ServiceFrame, ServiceName, Slice};
 
 use self::{
     candidate::Context,
-    contribute::contribute,
     frontend::{Frontend, FrontendKey},
     group::Group,
-    record::{GroupPort, LocalFrame, Part, Pools, Service, SliceRecord},
+    record::{Pools, Service},
+    zones::Zones,
 };
 pub use self::{
     frontend::FrontendView,
     view::{BackendView, ServiceView, Stats, Unused},
 };
 use crate::{
-    Family, IdAllocator,
+    IdAllocator,
+    maglev::MaglevConfig,
     slab::Slab,
     source::{Source, SourceTable, Sync},
 };
@@ -54,9 +65,11 @@ type Loose = HashMap<(Address, u16, u8), Vec<(u32, u16)>>;
 /// The merge of services. See the module.
 #[derive(Debug)]
 pub struct LoadBalancer {
-    local: u16,
+    context: Context,
+    maglev: MaglevConfig,
     names: BTreeMap<u16, ClusterName>,
-    hasher: DefaultHashBuilder,
+    /// Where this node's ports are asked for, ascending.
+    node_addresses: Vec<Address>,
     pools: Pools,
     services: Slab<Service>,
     service_index: HashMap<ServiceName, u32>,
@@ -65,9 +78,11 @@ pub struct LoadBalancer {
     frontend_index: HashMap<FrontendKey, u32>,
     backend_ids: IdAllocator,
     service_ids: IdAllocator,
-    /// Clusters that do not answer, ascending.
-    quarantined: Vec<u16>,
     sync: Sync,
+    /// Groups in which backends start slowly.
+    ramping: BTreeSet<u32>,
+    /// Chunks of Maglev tables in the map.
+    table_chunks: u32,
     /// Groups with something to drain.
     queue: Vec<u32>,
     /// Frontends that nobody claims any more, still in the map.
@@ -76,6 +91,9 @@ pub struct LoadBalancer {
     loose: Loose,
     /// Restored keys that no lookup can reach, or that we did not write: to be deleted by the next drain.
     debris: Vec<ServiceKey>,
+    /// The same of Maglev tables and source ranges.
+    table_debris: Vec<MaglevKey>,
+    range_debris: Vec<SourceRangeKey>,
     /// Failure domains that frontends moved between, or that became one.
     links: Vec<(u32, u32)>,
     /// Numbers to delete from the backend map, each with its failure domain.
@@ -83,13 +101,37 @@ pub struct LoadBalancer {
 }
 
 impl LoadBalancer {
-    /// A merge for agents of cluster `local`, with empty tables and, until `restore`, empty maps.
+    /// A merge for agents of cluster `local`, with empty tables and, until `restore`, empty maps; on no node and without Maglev
+    /// tables.
     pub fn new(local: ClusterId) -> Self {
+        let maglev = MaglevConfig {
+            table_size: 0,
+            ..MaglevConfig::default()
+        };
+        Self::on_node(local, "", maglev)
+    }
+
+    /// The same on the node of this name.
+    pub fn on_node(local: ClusterId, node: &str, maglev: MaglevConfig) -> Self {
+        let mut pools = Pools::new();
+        // Held for ever.
+        let node = match node {
+            "" => u32::MAX,
+            name => pools.texts.acquire(name),
+        };
         Self {
-            local: local.get(),
+            context: Context {
+                local: local.get(),
+                quarantined: Vec::new(),
+                hasher: DefaultHashBuilder::default(),
+                zones: Zones::default(),
+                node,
+                now: Duration::ZERO,
+            },
+            maglev,
             names: BTreeMap::new(),
-            hasher: DefaultHashBuilder::default(),
-            pools: Pools::new(),
+            node_addresses: Vec::new(),
+            pools,
             services: Slab::new(),
             service_index: HashMap::new(),
             groups: Slab::new(),
@@ -97,12 +139,15 @@ impl LoadBalancer {
             frontend_index: HashMap::new(),
             backend_ids: IdAllocator::new(maps::BACKENDS_MAX * ID_LIMIT_FACTOR),
             service_ids: IdAllocator::new(maps::SERVICES_MAX * ID_LIMIT_FACTOR),
-            quarantined: Vec::new(),
             sync: Sync::new(&[SourceTable::Frames, SourceTable::Slices]),
+            ramping: BTreeSet::new(),
+            table_chunks: 0,
             queue: Vec::new(),
             unclaimed: Vec::new(),
             loose: HashMap::new(),
             debris: Vec::new(),
+            table_debris: Vec::new(),
+            range_debris: Vec::new(),
             links: Vec::new(),
             spare: Vec::new(),
         }
@@ -115,7 +160,7 @@ impl LoadBalancer {
         let cluster = frame.cluster_id.get();
         self.note_cluster(cluster, &frame.cluster);
         let at = self.service_entry(&frame.name);
-        if cluster != self.local {
+        if cluster != self.context.local {
             self.set_remote_frame(at, cluster, Some((frame.global, frame.global && frame.shared)));
             return;
         }
@@ -132,7 +177,7 @@ impl LoadBalancer {
         let Some(&at) = self.service_index.get(name) else {
             return;
         };
-        if cluster.get() == self.local {
+        if cluster.get() == self.context.local {
             self.set_local_frame(at, None);
         } else {
             self.set_remote_frame(at, cluster.get(), None);
@@ -145,7 +190,7 @@ impl LoadBalancer {
         let cluster = slice.cluster_id.get();
         self.note_cluster(cluster, &slice.cluster);
         let at = self.service_entry(&slice.service);
-        let new = self.pools.acquire_slice(slice);
+        let new = self.pools.acquire_slice(&mut self.context.zones, slice);
         let part = self.services[at].part_entry(cluster);
         let (place, old) = match part.slices.binary_search_by(|known| known.name.cmp(&new.name)) {
             Ok(place) if part.slices[place] == new => {
@@ -188,7 +233,7 @@ impl LoadBalancer {
     /// leave; that is ignored.
     pub fn cluster_removed(&mut self, cluster: ClusterId) {
         let cluster = cluster.get();
-        if cluster == self.local {
+        if cluster == self.context.local {
             return;
         }
         let with: Vec<u32> = self.services.keys().collect();
@@ -204,8 +249,10 @@ impl LoadBalancer {
             self.tidy(at);
         }
         self.sync.on_removed(cluster);
-        self.quarantined.retain(|other| *other != cluster);
-        self.names.remove(&cluster);
+        self.context.quarantined.retain(|other| *other != cluster);
+        if self.names.remove(&cluster).is_some() {
+            self.reorder();
+        }
         self.prune();
     }
 
@@ -215,36 +262,48 @@ impl LoadBalancer {
     /// The local cluster always counts as answering.
     pub fn set_cluster_health(&mut self, cluster: ClusterId, healthy: bool) {
         let cluster = cluster.get();
-        let before = self.quarantined.clone();
-        match (before.binary_search(&cluster), healthy) {
-            (Ok(place), true) => drop(self.quarantined.remove(place)),
-            (Err(place), false) if cluster != self.local => self.quarantined.insert(place, cluster),
+        let before = self.context.clone();
+        match (before.quarantined.binary_search(&cluster), healthy) {
+            (Ok(place), true) => drop(self.context.quarantined.remove(place)),
+            (Err(place), false) if cluster != before.local => {
+                self.context.quarantined.insert(place, cluster);
+            }
             _ => return,
         }
         for at in self.groups.keys().collect::<Vec<_>>() {
-            let Self {
-                groups,
-                hasher,
-                local,
-                quarantined,
-                ..
-            } = self;
-            let (local, hasher) = (*local, &*hasher);
-            let after = Context {
-                local,
-                quarantined,
-                hasher,
-            };
-            let group = &mut groups[at];
-            group.on_health(
-                cluster,
-                Context {
-                    quarantined: &before,
-                    ..after
-                },
-                after,
-            );
+            let group = &mut self.groups[at];
+            group.on_health(cluster, &before, &self.context);
             if group.has_changes() {
+                self.enqueue(at);
+            }
+        }
+    }
+
+    /// Says in which zone this node is, for topology-aware hints. Empty: unknown, and hints do not count.
+    pub fn set_zone(&mut self, zone: &str) {
+        if !self.context.zones.set_own(zone) {
+            return;
+        }
+        for at in self.groups.keys().collect::<Vec<_>>() {
+            self.groups[at].recount(&self.context);
+            self.enqueue(at);
+        }
+    }
+
+    /// Says the time, since any fixed point: slow starts go on. To be called often enough for their steps to be seen, about
+    /// once a second.
+    pub fn advance(&mut self, now: Duration) {
+        self.context.now = now.max(self.context.now);
+        for at in std::mem::take(&mut self.ramping) {
+            // Its service may be gone.
+            if self.groups.get(at).is_none() {
+                continue;
+            }
+            let changed = self.groups[at].advance(&self.context);
+            if self.groups[at].is_ramping() {
+                self.ramping.insert(at);
+            }
+            if changed {
                 self.enqueue(at);
             }
         }
@@ -253,7 +312,7 @@ impl LoadBalancer {
     /// Says that the list of clusters is complete: whatever was restored of others is stale. `clusters` without or with
     /// the local one.
     pub fn clusters_listed(&mut self, clusters: impl IntoIterator<Item = ClusterId>) {
-        let local = self.local;
+        let local = self.context.local;
         self.sync
             .on_clusters(clusters.into_iter().map(ClusterId::get).chain([local]));
         self.prune();
@@ -269,213 +328,5 @@ impl LoadBalancer {
     /// Whether every cluster is known and listed in full: nothing restored is left that no source named.
     pub fn prune_ready(&self) -> bool {
         self.sync.all_complete()
-    }
-
-    // === changes to a service ===
-
-    fn note_cluster(&mut self, cluster: u16, name: &ClusterName) {
-        if self.names.get(&cluster) != Some(name) {
-            self.names.insert(cluster, name.clone());
-        }
-    }
-
-    fn service_entry(&mut self, name: &ServiceName) -> u32 {
-        if let Some(&at) = self.service_index.get(name) {
-            return at;
-        }
-        let at = self.services.insert(Service::new(name.clone()));
-        self.service_index.insert(name.clone(), at);
-        at
-    }
-
-    fn tidy(&mut self, at: u32) {
-        if self.services[at].tidy()
-            && let Some(gone) = self.services.remove(at)
-        {
-            self.service_index.remove(&gone.name);
-        }
-    }
-
-    fn enqueue(&mut self, at: u32) {
-        let group = &mut self.groups[at];
-        if !group.queued {
-            group.queued = true;
-            self.queue.push(at);
-        }
-    }
-
-    /// The slice at `place` of a part is new, or replaced `old`; without a place, `old` is gone.
-    fn on_slice(&mut self, at: u32, cluster: u16, old: Option<&SliceRecord>, place: Option<usize>) {
-        let service = &self.services[at];
-        let Some(part) = service.part(cluster) else { return };
-        if !service.eligible(part, self.local) {
-            return;
-        }
-        let new = place.and_then(|place| part.slices.get(place));
-        let context = Context {
-            local: self.local,
-            quarantined: &self.quarantined,
-            hasher: &self.hasher,
-        };
-        for &number in &service.groups {
-            let group = &mut self.groups[number];
-            if !group.filled {
-                continue;
-            }
-            contribute(context, &self.pools, service, group, cluster, old, new);
-            if group.has_changes() && !group.queued {
-                group.queued = true;
-                self.queue.push(number);
-            }
-        }
-    }
-
-    fn set_remote_frame(&mut self, at: u32, cluster: u16, remote: Option<(bool, bool)>) {
-        let service = &mut self.services[at];
-        let (before, after) = {
-            let local_global = service.local.as_ref().is_some_and(|frame| frame.global);
-            let part = service.part_entry(cluster);
-            let before = std::mem::replace(&mut part.remote, remote);
-            let usable = |frame| local_global && frame == Some((true, true));
-            (usable(before), usable(remote))
-        };
-        if before != after {
-            self.toggle_part(at, cluster, after);
-        }
-    }
-
-    /// Adds or removes all that a part contributes to its service's groups.
-    fn toggle_part(&mut self, at: u32, cluster: u16, on: bool) {
-        let service = &self.services[at];
-        let Some(part) = service.part(cluster) else { return };
-        let context = Context {
-            local: self.local,
-            quarantined: &self.quarantined,
-            hasher: &self.hasher,
-        };
-        for &number in &service.groups {
-            let group = &mut self.groups[number];
-            if !group.filled {
-                continue;
-            }
-            for slice in &part.slices {
-                let (old, new) = if on {
-                    (None, Some(slice))
-                } else {
-                    (Some(slice), None)
-                };
-                contribute(context, &self.pools, service, group, cluster, old, new);
-            }
-            if group.has_changes() && !group.queued {
-                group.queued = true;
-                self.queue.push(number);
-            }
-        }
-    }
-
-    fn set_local_frame(&mut self, at: u32, new: Option<Box<LocalFrame>>) {
-        let wanted = |port: &GroupPort| {
-            let frontends = new.iter().flat_map(|frame| &frame.frontends);
-            frontends
-                .map(|frontend| frontend.group)
-                .any(|group| group == *port)
-        };
-        // Groups nobody asks for go first, so that what follows concerns those that stay.
-        let (kept, gone): (Vec<u32>, Vec<u32>) = self.services[at]
-            .groups
-            .iter()
-            .partition(|number| wanted(&self.groups[**number].port));
-        self.services[at].groups = kept;
-
-        let old = std::mem::replace(&mut self.services[at].local, new);
-        let is_global = |frame: &Option<Box<LocalFrame>>| frame.as_ref().is_some_and(|frame| frame.global);
-        let (was_global, now_global) = (is_global(&old), is_global(&self.services[at].local));
-        if was_global != now_global {
-            let shared = |part: &&Part| part.cluster != self.local && part.remote == Some((true, true));
-            let remotes: Vec<u16> = self.services[at]
-                .parts
-                .iter()
-                .filter(shared)
-                .map(|part| part.cluster)
-                .collect();
-            for cluster in remotes {
-                self.toggle_part(at, cluster, now_global);
-            }
-        }
-        self.claim_frontends(at);
-        for number in gone {
-            self.kill_group(number);
-        }
-        self.describe_groups(at);
-        if let Some(old) = old {
-            self.pools.release_frame(&old);
-        }
-    }
-
-    /// Copies what the frame says about all backends into the groups.
-    fn describe_groups(&mut self, at: u32) {
-        let service = &self.services[at];
-        let Some(frame) = &service.local else { return };
-        let flags = service_flag::CLUSTER_IP | if frame.global { service_flag::GLOBAL } else { 0 };
-        for &number in &service.groups {
-            let group = &mut self.groups[number];
-            group.affinity = frame.affinity;
-            group.flags = flags;
-            if !group.queued {
-                group.queued = true;
-                self.queue.push(number);
-            }
-        }
-        for number in service.groups.clone() {
-            self.drop_stale_ghosts(number);
-        }
-    }
-
-    /// A new group of a service. The next drain fills it: by then more slices may be there, and all go in at once.
-    fn add_group(&mut self, at: u32, port: GroupPort) -> u32 {
-        let number = self.groups.insert(Group::new(Some(at), port, at + 1));
-        self.services[at].groups.push(number);
-        self.enqueue(number);
-        number
-    }
-
-    /// Hands all eligible slices to a new group.
-    fn fill_group(&mut self, number: u32) {
-        let context = Context {
-            local: self.local,
-            quarantined: &self.quarantined,
-            hasher: &self.hasher,
-        };
-        let group = &mut self.groups[number];
-        group.filled = true;
-        let Some(at) = group.service else { return };
-        let service = &self.services[at];
-        let parts = || {
-            service
-                .parts
-                .iter()
-                .filter(|part| service.eligible(part, self.local))
-        };
-        let port = group.port;
-        let joins = |slice: &&SliceRecord| port.number_in(self.pools.ports(slice.ports)).is_some();
-        let endpoints = parts()
-            .flat_map(|part| &part.slices)
-            .filter(joins)
-            .flat_map(|slice| &slice.endpoints);
-        let of_family = endpoints.filter(|endpoint| Family::of(&endpoint.address) == port.family);
-        group.candidates.reserve(context.hasher, of_family.count());
-        for part in parts() {
-            for slice in &part.slices {
-                contribute(
-                    context,
-                    &self.pools,
-                    service,
-                    group,
-                    part.cluster,
-                    None,
-                    Some(slice),
-                );
-            }
-        }
     }
 }

@@ -3,10 +3,15 @@
 //! Invariant: the operations of a plan are sorted by [`MapOp::phase`]; any prefix of them may be applied. Puts are
 //! idempotent, and deleting what is absent counts as success.
 
-use isthmus_bpf_abi::{Backend, Endpoint, EndpointKey, IpcacheKey, IpcacheValue, ServiceKey, ServiceValue};
+use std::sync::Arc;
+
+use isthmus_bpf_abi::{
+    Backend, Endpoint, EndpointKey, IpcacheKey, IpcacheValue, MaglevChunk, MaglevKey, ServiceKey,
+    ServiceValue, SourceRangeKey,
+};
 
 /// One write to one map.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub enum MapOp {
     /// Writes a frontend (slot 0) or one of its slots.
     ServicePut(ServiceKey, ServiceValue),
@@ -16,6 +21,14 @@ pub enum MapOp {
     BackendPut(u32, Backend),
     /// Removes a backend.
     BackendDelete(u32),
+    /// Writes a part of a Maglev table.
+    MaglevPut(MaglevKey, Arc<MaglevChunk>),
+    /// Removes a part of a Maglev table.
+    MaglevDelete(MaglevKey),
+    /// Lets a prefix ask a frontend.
+    SourceRangePut(SourceRangeKey),
+    /// No longer lets it.
+    SourceRangeDelete(SourceRangeKey),
     /// Writes an ipcache entry.
     IpcachePut(IpcacheKey, IpcacheValue),
     /// Removes an ipcache entry.
@@ -33,6 +46,10 @@ pub enum Object {
     Service(ServiceKey),
     /// Entry of `isthmus_backends`.
     Backend(u32),
+    /// Entry of `isthmus_maglev`.
+    Maglev(MaglevKey),
+    /// Entry of `isthmus_source_ranges`.
+    SourceRange(SourceRangeKey),
     /// Entry of `isthmus_ipcache`.
     Ipcache(IpcacheKey),
     /// Entry of `isthmus_endpoints`.
@@ -40,18 +57,22 @@ pub enum Object {
 }
 
 impl MapOp {
-    /// Place in a plan. Within a phase all operations are of one kind on one map (phase 3 has frontends' puts and
-    /// deletes), and their order does not matter.
+    /// Place in a plan. Within a phase all operations are of one kind on one map (frontends' puts and deletes share one), and
+    /// their order does not matter.
     pub const fn phase(&self) -> u8 {
         match self {
             Self::IpcachePut(..) | Self::EndpointPut(..) => 0,
             Self::BackendPut(..) => 1,
-            Self::ServicePut(key, _) if key.slot != 0 => 2,
-            Self::ServicePut(..) => 3,
-            Self::ServiceDelete(key) if key.slot == 0 => 3,
-            Self::ServiceDelete(..) => 4,
-            Self::BackendDelete(..) => 5,
-            Self::IpcacheDelete(..) | Self::EndpointDelete(..) => 6,
+            Self::SourceRangePut(_) => 2,
+            Self::ServicePut(key, _) if key.slot != 0 => 3,
+            Self::MaglevPut(..) => 4,
+            Self::ServicePut(..) => 5,
+            Self::ServiceDelete(key) if key.slot == 0 => 5,
+            Self::ServiceDelete(..) => 6,
+            Self::MaglevDelete(_) => 7,
+            Self::SourceRangeDelete(_) => 8,
+            Self::BackendDelete(..) => 9,
+            Self::IpcacheDelete(..) | Self::EndpointDelete(..) => 10,
         }
     }
 
@@ -60,6 +81,8 @@ impl MapOp {
         match self {
             Self::ServicePut(key, _) | Self::ServiceDelete(key) => Object::Service(*key),
             Self::BackendPut(id, _) | Self::BackendDelete(id) => Object::Backend(*id),
+            Self::MaglevPut(key, _) | Self::MaglevDelete(key) => Object::Maglev(*key),
+            Self::SourceRangePut(key) | Self::SourceRangeDelete(key) => Object::SourceRange(*key),
             Self::IpcachePut(key, _) | Self::IpcacheDelete(key) => Object::Ipcache(*key),
             Self::EndpointPut(key, _) | Self::EndpointDelete(key) => Object::Endpoint(*key),
         }
@@ -135,11 +158,15 @@ impl Plan {
     }
 }
 
-/// Contents of the two load-balancing maps, in any order.
+/// Contents of the load-balancing maps, in any order.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct LbDump {
     /// `isthmus_services`.
     pub services: Vec<(ServiceKey, ServiceValue)>,
     /// `isthmus_backends`.
     pub backends: Vec<(u32, Backend)>,
+    /// `isthmus_maglev`.
+    pub maglev: Vec<(MaglevKey, Arc<MaglevChunk>)>,
+    /// `isthmus_source_ranges`.
+    pub source_ranges: Vec<SourceRangeKey>,
 }

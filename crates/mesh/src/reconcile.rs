@@ -241,16 +241,16 @@ impl Reconciler {
     pub fn next_batch(&mut self, max: usize) -> Option<Vec<MapOp>> {
         assert!(self.batch.is_empty(), "a batch is completed before the next one");
         let mut ops: Vec<MapOp> = Vec::new();
-        while let Some(&(op, number)) = self.round.get(self.done) {
+        while let Some((op, number)) = self.round.get(self.done) {
             if ops.first().is_some_and(|first| first.phase() != op.phase()) || ops.len() >= max.max(1) {
                 break;
             }
-            let domain = Domain::of(&op, number);
+            let domain = Domain::of(op, *number);
             if self.failed.is_empty() || !self.failed.contains(&domain) {
-                ops.push(op);
+                ops.push(op.clone());
                 self.batch.push(self.done);
             } else if let Some(held) = self.held.get_mut(&domain) {
-                held.ops.insert(op.object(), op);
+                held.ops.insert(op.object(), op.clone());
             }
             self.done += 1;
         }
@@ -270,8 +270,8 @@ impl Reconciler {
                 continue;
             };
             self.failed_total += 1;
-            let (op, number) = self.round[place];
-            let domain = Domain::of(&op, number);
+            let (op, number) = &self.round[place];
+            let domain = Domain::of(op, *number);
             self.failed.insert(domain);
             let (attempts, since) = self.retried.get(&domain).copied().unwrap_or((0, self.revision));
             let delay = self
@@ -286,7 +286,7 @@ impl Reconciler {
                 retry_at: now + delay,
                 error: error.to_string(),
             });
-            held.ops.insert(op.object(), op);
+            held.ops.insert(op.object(), op.clone());
         }
     }
 

@@ -12,7 +12,7 @@ use crate::Family;
 
 /// Walks an old and a new version of a slice side by side and hands each difference to the group.
 pub(super) fn contribute(
-    context: Context<'_>,
+    context: &Context,
     pools: &Pools,
     service: &Service,
     group: &mut Group,
@@ -20,6 +20,7 @@ pub(super) fn contribute(
     old: Option<&SliceRecord>,
     new: Option<&SliceRecord>,
 ) {
+    let group_port = group.port;
     let port_of =
         |slice: Option<&SliceRecord>| slice.and_then(|slice| group.port.number_in(pools.ports(slice.ports)));
     let (old_port, new_port) = (port_of(old), port_of(new));
@@ -32,12 +33,8 @@ pub(super) fn contribute(
         .map_or(empty, |slice| &slice.endpoints);
     let (old_port, new_port) = (old_port.unwrap_or(0), new_port.unwrap_or(0));
     let family = group.port.family;
-    let view = |endpoint: &EndpointRecord| View {
-        cluster,
-        class: endpoint.class(),
-        zone: endpoint.zone,
-        conflict: false,
-    };
+    let view = |endpoint: &EndpointRecord| endpoint.view(cluster);
+    let reached = |endpoint: &&EndpointRecord| group_port.reaches(context, cluster, endpoint);
     let mut apply = |key: (Address, u16), change: Change| {
         if Family::of(&key.0) == family {
             let port = group.port;
@@ -46,7 +43,8 @@ pub(super) fn contribute(
             });
         }
     };
-    let (mut left, mut right) = (old_list.iter().peekable(), new_list.iter().peekable());
+    let mut left = old_list.iter().filter(reached).peekable();
+    let mut right = new_list.iter().filter(reached).peekable();
     loop {
         match (left.peek(), right.peek()) {
             (Some(before), Some(after)) if before.address == after.address => {
@@ -74,7 +72,7 @@ pub(super) fn contribute(
 
 /// What all eligible slices together say about a backend: the owner's word, the best of it if it says several things.
 fn best_view(
-    context: Context<'_>,
+    context: &Context,
     pools: &Pools,
     service: &Service,
     port: GroupPort,
@@ -91,16 +89,14 @@ fn best_view(
             if port.number_in(pools.ports(slice.ports)) != Some(key.1) {
                 continue;
             }
-            let Some(endpoint) = slice.endpoint(&key.0) else {
+            let Some(endpoint) = slice
+                .endpoint(&key.0)
+                .filter(|endpoint| port.reaches(context, part.cluster, endpoint))
+            else {
                 continue;
             };
             let rank = |cluster: u16, class: Class| (cluster != context.local, cluster, class);
-            let view = View {
-                cluster: part.cluster,
-                class: endpoint.class(),
-                zone: endpoint.zone,
-                conflict: false,
-            };
+            let view = endpoint.view(part.cluster);
             conflict |= best.is_some_and(|best| best.cluster != part.cluster);
             if best.is_none_or(|best| rank(view.cluster, view.class) < rank(best.cluster, best.class)) {
                 best = Some(view);

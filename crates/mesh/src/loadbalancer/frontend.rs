@@ -4,27 +4,51 @@
 //! the two events arrive in either order): the service with the lower name has it. A frontend keeps its number while it
 //! is in the map, whoever has it.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
-use isthmus_bpf_abi::{Address, ServiceKey};
+use ipnet::IpNet;
+use isthmus_bpf_abi::{
+    Address, SOURCE_RANGE_STATIC_BITS, ServiceKey, ServiceValue, SourceRangeKey, service_flag,
+};
 use isthmus_model::Protocol;
 
-use super::{LoadBalancer, candidate::Context};
-use crate::to_ip;
+use super::{
+    LoadBalancer,
+    exposed::{FrontendKind, FrontendRecord, NODE},
+    record::LocalFrame,
+};
+use crate::{Family, to_address, to_ip};
 
-/// Address, port (host order) and IANA protocol number.
-pub(crate) type FrontendKey = (Address, u16, u8);
+/// Address, port (host order), IANA protocol number and scope.
+pub(crate) type FrontendKey = (Address, u16, u8, u8);
+
+/// Who asks for a frontend.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Claim {
+    pub(crate) service: u32,
+    pub(crate) group: u32,
+    pub(crate) kind: FrontendKind,
+    pub(crate) flags: u16,
+}
 
 #[derive(Debug)]
 pub(crate) struct Frontend {
     pub(crate) key: FrontendKey,
     pub(crate) service_id: u32,
-    /// (service, group) of all that ask for it; the first one has it.
-    pub(crate) claims: Vec<(u32, u32)>,
+    /// All that ask for it; the first one has it.
+    pub(crate) claims: Vec<Claim>,
     /// Group whose slots it has.
     pub(crate) group: Option<u32>,
-    /// Slot 0 as written: count and flags.
-    pub(crate) written: Option<(u16, u16)>,
+    /// Flags beside the group's.
+    pub(crate) flags: u16,
+    /// Who may ask, if the flags say that not everybody may.
+    pub(crate) ranges: Arc<[IpNet]>,
+    /// Slot 0 as written.
+    pub(crate) written: Option<ServiceValue>,
+    /// Source ranges as written, ascending.
+    pub(crate) written_ranges: Vec<SourceRangeKey>,
+    /// Chunks of its Maglev table, as written.
+    pub(crate) table_chunks: u32,
     /// The slots in the map may differ from the group's: write all of them.
     pub(crate) fresh: bool,
     pub(crate) domain: u32,
@@ -34,7 +58,47 @@ pub(crate) struct Frontend {
 
 impl Frontend {
     pub(crate) const fn map_key(&self) -> ServiceKey {
-        ServiceKey::frontend(self.key.0, self.key.1, self.key.2)
+        ServiceKey {
+            scope: self.key.3,
+            ..ServiceKey::frontend(self.key.0, self.key.1, self.key.2)
+        }
+    }
+
+    /// A frontend that nobody has asked for yet.
+    pub(crate) fn new(key: FrontendKey, service_id: u32) -> Self {
+        Self {
+            key,
+            service_id,
+            claims: Vec::new(),
+            group: None,
+            flags: 0,
+            ranges: Arc::new([]),
+            written: None,
+            written_ranges: Vec::new(),
+            table_chunks: 0,
+            fresh: true,
+            domain: 0,
+            restored: false,
+        }
+    }
+
+    /// The entries of `isthmus_source_ranges` that it should have, ascending.
+    pub(crate) fn range_keys(&self) -> Vec<SourceRangeKey> {
+        if self.flags & service_flag::SOURCE_RANGES == 0 {
+            return Vec::new();
+        }
+        let key = |range: &IpNet| {
+            let bits = if range.network().is_ipv4() { 96 } else { 0 };
+            SourceRangeKey {
+                prefix_len: SOURCE_RANGE_STATIC_BITS + bits + u32::from(range.prefix_len()),
+                service_id: self.service_id,
+                address: to_address(range.network()),
+            }
+        };
+        let mut keys: Vec<SourceRangeKey> = self.ranges.iter().map(key).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        keys
     }
 }
 
@@ -60,10 +124,7 @@ pub struct FrontendView {
 impl LoadBalancer {
     /// Makes a service's claims those of its frame, with the groups they need.
     pub(super) fn claim_frontends(&mut self, at: u32) {
-        let wanted: Vec<_> = match &self.services[at].local {
-            Some(frame) => frame.frontends.to_vec(),
-            None => Vec::new(),
-        };
+        let wanted = self.wanted_frontends(self.services[at].local.as_deref());
         let mut claimed = BTreeSet::new();
         for want in wanted {
             let known = self.services[at]
@@ -72,13 +133,20 @@ impl LoadBalancer {
                 .copied()
                 .find(|number| self.groups[*number].port == want.group);
             let group = known.unwrap_or_else(|| self.add_group(at, want.group));
-            let number = self.frontend_entry((want.address, want.port, want.group.protocol.number()));
+            let key = (want.address, want.port, want.group.protocol.number(), want.scope);
+            let number = self.frontend_entry(key);
             let frontend = &mut self.frontends[number];
+            let claim = Claim {
+                service: at,
+                group,
+                kind: want.kind,
+                flags: want.flags,
+            };
             frontend
                 .claims
-                .retain(|(service, _)| *service != at || claimed.contains(&number));
-            if !frontend.claims.contains(&(at, group)) {
-                frontend.claims.push((at, group));
+                .retain(|claim| claim.service != at || claimed.contains(&number));
+            if !frontend.claims.contains(&claim) {
+                frontend.claims.push(claim);
             }
             claimed.insert(number);
         }
@@ -86,9 +154,7 @@ impl LoadBalancer {
         let before = std::mem::replace(&mut self.services[at].frontends, list);
         for &number in &before {
             if !claimed.contains(&number) {
-                self.frontends[number]
-                    .claims
-                    .retain(|(service, _)| *service != at);
+                self.frontends[number].claims.retain(|claim| claim.service != at);
                 self.assign(number);
             }
         }
@@ -97,20 +163,65 @@ impl LoadBalancer {
         }
     }
 
+    /// The frontends of a frame, node ports at each of the node's addresses.
+    pub(super) fn wanted_frontends(&self, frame: Option<&LocalFrame>) -> Vec<FrontendRecord> {
+        let Some(frame) = frame else {
+            return Vec::new();
+        };
+        let mut wanted = Vec::with_capacity(frame.frontends.len());
+        for record in &frame.frontends {
+            if record.kind != FrontendKind::NodePort || record.address != NODE {
+                wanted.push(*record);
+                continue;
+            }
+            let addresses = self
+                .node_addresses
+                .iter()
+                .filter(|address| Family::of(address) == record.group.family);
+            wanted.extend(addresses.map(|address| FrontendRecord {
+                address: *address,
+                ..*record
+            }));
+        }
+        wanted
+    }
+
+    /// Says where this node's ports are asked for.
+    pub fn set_node_addresses(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
+        let mut addresses: Vec<Address> = addresses.into_iter().map(to_address).collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        if self.node_addresses == addresses {
+            return;
+        }
+        self.node_addresses = addresses;
+        let with_ports: Vec<u32> = self
+            .services
+            .iter()
+            .filter(|(_, service)| {
+                let frontends = service.local.iter().flat_map(|frame| &frame.frontends);
+                frontends
+                    .map(|frontend| frontend.kind)
+                    .any(|kind| kind == FrontendKind::NodePort)
+            })
+            .map(|(at, _)| at)
+            .collect();
+        for at in with_ports {
+            let gone = self.split_groups(at, &self.wanted_frontends(self.services[at].local.as_deref()));
+            self.claim_frontends(at);
+            for number in gone {
+                self.kill_group(number);
+            }
+            self.describe_groups(at);
+        }
+    }
+
     fn frontend_entry(&mut self, key: FrontendKey) -> u32 {
         if let Some(&number) = self.frontend_index.get(&key) {
             return number;
         }
-        let number = self.frontends.insert(Frontend {
-            key,
-            service_id: self.service_ids.allocate().unwrap_or(0),
-            claims: Vec::new(),
-            group: None,
-            written: None,
-            fresh: true,
-            domain: 0,
-            restored: false,
-        });
+        let service_id = self.service_ids.allocate().unwrap_or(0);
+        let number = self.frontends.insert(Frontend::new(key, service_id));
         self.frontend_index.insert(key, number);
         number
     }
@@ -126,19 +237,34 @@ impl LoadBalancer {
         } = self;
         let frontend = &mut frontends[number];
         frontend.claims.sort_by(|a, b| {
-            let name = |claim: &(u32, u32)| {
+            let rank = |claim: &Claim| {
                 (
-                    &services[claim.0].name,
-                    pools.texts.resolve(groups[claim.1].port.name),
+                    claim.kind,
+                    &services[claim.service].name,
+                    pools.texts.resolve(groups[claim.group].port.name),
                 )
             };
-            name(a).cmp(&name(b))
+            rank(a).cmp(&rank(b))
         });
-        let owner = frontend.claims.first().map(|(_, group)| *group);
-        if owner.is_some() {
+        let first = frontend.claims.first().copied();
+        let owner = first.map(|claim| claim.group);
+        let mut described = false;
+        if let Some(claim) = first {
             frontend.restored = false;
+            let ranges = match &services[claim.service].local {
+                Some(frame) if claim.flags & service_flag::SOURCE_RANGES != 0 => {
+                    Arc::clone(&frame.source_ranges)
+                }
+                _ => Arc::new([]),
+            };
+            described = (frontend.flags, &frontend.ranges) != (claim.flags, &ranges);
+            frontend.flags = claim.flags;
+            frontend.ranges = ranges;
         }
         if frontend.group == owner {
+            if let Some(group) = owner.filter(|_| described) {
+                self.enqueue(group);
+            }
             return;
         }
         let before = std::mem::replace(&mut frontend.group, owner);
@@ -180,14 +306,9 @@ impl LoadBalancer {
         if from.queued {
             self.queue.retain(|queued| *queued != orphan);
         }
-        let context = Context {
-            local: self.local,
-            quarantined: &self.quarantined,
-            hasher: &self.hasher,
-        };
         let into = &mut self.groups[group];
         let before = into.slots.len();
-        let (spare, exact) = into.absorb(context, &mut from);
+        let (spare, exact) = into.absorb(&self.context, &mut from);
         if into.slots.len() != before {
             // Slots that came along are in place for the frontends that came along, and for no other.
             for &number in &into.frontends {
@@ -228,21 +349,15 @@ impl LoadBalancer {
             groups,
             services,
             sync,
-            local,
-            quarantined,
-            hasher,
+            context,
             ..
         } = self;
+        let local = &context.local;
         let group = &mut groups[number];
         let Some(service) = group.service.filter(|_| group.filled) else {
             return;
         };
         let global = services[service].local.as_ref().is_some_and(|frame| frame.global);
-        let context = Context {
-            local: *local,
-            quarantined,
-            hasher,
-        };
         group.drop_ghosts(context, |cluster| {
             sync.complete(cluster) || (cluster != *local && !global)
         });
@@ -256,7 +371,7 @@ impl LoadBalancer {
 
     /// Drops everything restored that turned out stale.
     pub(super) fn prune(&mut self) {
-        if self.sync.complete(self.local) {
+        if self.sync.complete(self.context.local) {
             let stale: Vec<u32> = self
                 .frontends
                 .iter()
@@ -281,7 +396,7 @@ impl LoadBalancer {
             self.drop_stale_ghosts(number);
         }
         // Nobody will name them: without the local cluster's frames no service asks, and its own cluster has told all.
-        if self.sync.complete(self.local) {
+        if self.sync.complete(self.context.local) {
             let mut stale = Vec::new();
             let sync = &self.sync;
             self.loose.retain(|_, ids| {
@@ -296,16 +411,16 @@ impl LoadBalancer {
     pub(super) fn frontend_view(&self, service: u32, number: u32) -> Vec<FrontendView> {
         let frontend = &self.frontends[number];
         let owner = frontend.claims.first().copied();
-        let mine = frontend.claims.iter().filter(|(of, _)| *of == service);
+        let mine = frontend.claims.iter().filter(|claim| claim.service == service);
         mine.map(|claim| {
-            let port = self.groups[claim.1].port;
+            let port = self.groups[claim.group].port;
             FrontendView {
                 address: to_ip(&frontend.key.0),
                 port: frontend.key.1,
                 protocol: port.protocol,
                 port_name: self.pools.texts.resolve(port.name).to_owned(),
                 service_id: frontend.service_id,
-                backends: frontend.written.map_or(0, |(count, _)| count),
+                backends: frontend.written.map_or(0, |value| value.count),
                 owned: owner == Some(*claim),
             }
         })

@@ -3,20 +3,24 @@
 //! In: contributions, one for each (slice, address) that names a backend. Out: which backends are in the maps, and the
 //! slots' order. Every backend that is active or terminating is in the backend map; those selected also have a slot.
 //!
-//! Invariants: a backend has a slot only if it has a number; slots have no holes; a backend keeps its slot until it
-//! leaves or fills the hole of one that left.
+//! Invariants: a backend has a slot only if it has a number; see [`slots`] for the rest.
+
+mod slots;
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use isthmus_bpf_abi::{Address, Backend, backend_state};
-use isthmus_model::Affinity;
 
 use super::{
     candidate::{CHANGED, CONFLICT, Candidate, Context, DIRTY, GHOST, HELD, NO_SLOT, View, WRITTEN},
+    order::Order,
     record::GroupPort,
-    select::{Class, Counts, Tier, TierSet, select},
+    select::{Class, Counts, Picked, RankCount},
+    table::Table,
 };
 use crate::{
     IdAllocator,
-    indexed::{Indexed, Keyed, push_tight},
+    indexed::{Indexed, Keyed},
 };
 
 /// Slots that a frontend can have.
@@ -35,9 +39,17 @@ pub(crate) struct Group {
     /// `None`: restored, and no local frame has claimed its frontends yet.
     pub(crate) service: Option<u32>,
     pub(crate) port: GroupPort,
-    pub(crate) affinity: Affinity,
-    /// Flags of its frontends.
+    /// In which order clusters are asked.
+    pub(crate) order: Arc<Order>,
+    /// Flags that its frontends have in common, [`isthmus_bpf_abi::service_flag::MAGLEV`] apart.
     pub(crate) flags: u16,
+    /// For how long a client keeps its backend, 0 if it does not.
+    pub(crate) affinity_seconds: u32,
+    pub(crate) slow_start_seconds: u16,
+    /// It should have a Maglev table.
+    pub(crate) wants_table: bool,
+    /// The table that it has, as of the last drain.
+    pub(crate) table: Option<Table>,
     pub(crate) frontends: Vec<u32>,
     pub(crate) candidates: Indexed<Candidate>,
     /// Candidate of slot `index + 1`.
@@ -58,7 +70,17 @@ pub(crate) struct Group {
     /// Candidates beyond [`SLOTS_MAX`], as of the last drain.
     pub(crate) overflow: u32,
     counts: Counts,
-    tiers: TierSet,
+    picked: Picked,
+    /// Hints of zones hold, as of the last drain.
+    hinted: bool,
+    /// Some have more slots than one.
+    uneven: bool,
+    /// What is selected is to be looked at anew, whatever is dirty.
+    reselect: bool,
+    /// It had active backends at a drain: from now on new ones start slowly, if they should.
+    seasoned: bool,
+    /// Candidates that start slowly, and since when.
+    ramps: Vec<(u32, Duration)>,
     dirty: Vec<u32>,
 }
 
@@ -71,15 +93,21 @@ pub(crate) struct Delta {
     pub(crate) deleted: Vec<u32>,
     /// No number was left for some.
     pub(crate) starved: bool,
+    /// Who takes traffic, or how much of it, may differ.
+    pub(crate) reshared: bool,
 }
 
 impl Group {
-    pub(crate) const fn new(service: Option<u32>, port: GroupPort, domain: u32) -> Self {
+    pub(crate) fn new(service: Option<u32>, port: GroupPort, domain: u32) -> Self {
         Self {
             service,
             port,
-            affinity: Affinity::None,
+            order: Arc::new(Order::flat()),
             flags: 0,
+            affinity_seconds: 0,
+            slow_start_seconds: 0,
+            wants_table: false,
+            table: None,
             frontends: Vec::new(),
             candidates: Indexed::new(),
             slots: Vec::new(),
@@ -93,7 +121,12 @@ impl Group {
             domain,
             overflow: 0,
             counts: Counts::new(),
-            tiers: TierSet::EMPTY,
+            picked: Picked::Nothing,
+            hinted: false,
+            uneven: false,
+            reselect: false,
+            seasoned: false,
+            ramps: Vec::new(),
             dirty: Vec::new(),
         }
     }
@@ -102,12 +135,12 @@ impl Group {
     /// several slices name the backend.
     pub(crate) fn apply(
         &mut self,
-        context: Context<'_>,
+        context: &Context,
         key: (Address, u16),
         change: Change,
         best: impl FnOnce() -> Option<View>,
     ) {
-        let found = self.candidates.find(context.hasher, key);
+        let found = self.candidates.find(&context.hasher, key);
         let (at, view) = match (change, found) {
             (Change::Added(view), None) => {
                 let at = self.insert(context, key, view.cluster);
@@ -149,30 +182,20 @@ impl Group {
         self.set(context, at, view);
     }
 
-    fn insert(&mut self, context: Context<'_>, key: (Address, u16), cluster: u16) -> u32 {
-        self.candidates.insert(
-            context.hasher,
-            Candidate {
-                address: key.0,
-                id: 0,
-                slot: NO_SLOT,
-                port: key.1,
-                cluster,
-                contributions: 0,
-                class: Class::Unusable,
-                zone: 0,
-                flags: 0,
-            },
-        )
+    fn insert(&mut self, context: &Context, key: (Address, u16), cluster: u16) -> u32 {
+        self.candidates
+            .insert(&context.hasher, Candidate::new(key, cluster))
     }
 
     /// Sets what is known about a candidate; `None` when nobody says anything.
-    fn set(&mut self, context: Context<'_>, at: u32, view: Option<View>) {
+    fn set(&mut self, context: &Context, at: u32, view: Option<View>) {
         let candidate = &mut self.candidates[at];
         let view = view.unwrap_or(View {
             cluster: candidate.cluster,
             class: Class::Unusable,
             zone: candidate.zone,
+            hint: 0,
+            weight: 0,
             conflict: false,
         });
         let ghost = candidate.is(GHOST);
@@ -180,10 +203,15 @@ impl Group {
             self.ghosts -= 1;
             candidate.set(GHOST, false);
         } else {
-            self.counts
-                .remove(context.tier(candidate.cluster, candidate.class));
+            self.counts.remove(context.tally(&self.order, &candidate.view()));
         }
-        self.counts.add(context.tier(view.cluster, view.class));
+        self.counts.add(context.tally(&self.order, &view));
+        let starts = !ghost
+            && !candidate.is(HELD)
+            && !matches!(candidate.class, Class::Active)
+            && matches!(view.class, Class::Active);
+        let ends = !matches!(view.class, Class::Active);
+        let reshared = (candidate.weight, candidate.hint) != (view.weight, view.hint);
         self.conflicts -= u32::from(candidate.is(CONFLICT));
         self.conflicts += u32::from(view.conflict);
         candidate.set(CONFLICT, view.conflict);
@@ -192,6 +220,8 @@ impl Group {
         candidate.cluster = view.cluster;
         candidate.class = view.class;
         candidate.zone = view.zone;
+        candidate.weight = view.weight;
+        candidate.hint = view.hint;
         let unnamed = candidate.contributions == 0;
         let was_held = candidate.is(HELD);
         let hold = (ghost || was_held) && !unnamed && matches!(view.class, Class::Unusable);
@@ -200,8 +230,13 @@ impl Group {
         if !same {
             candidate.set(CHANGED, true);
         }
-        if !same || ghost || was_held || unnamed {
+        if !same || ghost || was_held || unnamed || reshared {
             self.mark(at);
+        }
+        if starts {
+            self.begin_slowly(context, at);
+        } else if ends {
+            self.end_slow_start(at);
         }
     }
 
@@ -219,7 +254,7 @@ impl Group {
     }
 
     /// `cluster` begins or ceases to answer; `before` and `after` differ in that.
-    pub(crate) fn on_health(&mut self, cluster: u16, before: Context<'_>, after: Context<'_>) {
+    pub(crate) fn on_health(&mut self, cluster: u16, before: &Context, after: &Context) {
         for at in self.candidates.live() {
             let candidate = &mut self.candidates[at];
             if candidate.cluster != cluster {
@@ -227,17 +262,37 @@ impl Group {
             }
             candidate.set(CHANGED, true);
             if !candidate.is(GHOST) {
-                self.counts.remove(before.tier(cluster, candidate.class));
-                self.counts.add(after.tier(cluster, candidate.class));
+                self.counts.remove(before.tally(&self.order, &candidate.view()));
+                self.counts.add(after.tally(&self.order, &candidate.view()));
             }
             self.mark(at);
         }
     }
 
+    /// Sets the order of clusters.
+    pub(crate) fn set_order(&mut self, context: &Context, order: &Arc<Order>) {
+        if self.order != *order {
+            self.order = Arc::clone(order);
+            self.recount(context);
+        }
+    }
+
+    /// Counts anew: what a tally depends on has changed.
+    pub(crate) fn recount(&mut self, context: &Context) {
+        self.counts = Counts::new();
+        for at in self.candidates.live() {
+            let candidate = &self.candidates[at];
+            if !candidate.is(GHOST) {
+                self.counts.add(context.tally(&self.order, &candidate.view()));
+            }
+        }
+        self.reselect = true;
+    }
+
     /// Adds a backend found in the maps. `id` 0: it needs a new number. False if the group has it already.
-    pub(crate) fn add_ghost(&mut self, context: Context<'_>, backend: &Backend, id: u32) -> bool {
+    pub(crate) fn add_ghost(&mut self, context: &Context, backend: &Backend, id: u32) -> bool {
         let key = (backend.address, u16::from_be_bytes(backend.port));
-        if self.candidates.find(context.hasher, key).is_some() {
+        if self.candidates.find(&context.hasher, key).is_some() {
             return false;
         }
         let at = self.insert(context, key, backend.cluster_id);
@@ -249,6 +304,7 @@ impl Group {
             Class::Active
         };
         candidate.zone = backend.zone;
+        candidate.weight = 1;
         candidate.id = id;
         candidate.set(GHOST, true);
         candidate.set(WRITTEN, id != 0);
@@ -261,9 +317,20 @@ impl Group {
         true
     }
 
+    /// Gives a ghost another slot; false if it is not there.
+    pub(crate) fn add_ghost_slot(&mut self, context: &Context, backend: &Backend) -> bool {
+        let key = (backend.address, u16::from_be_bytes(backend.port));
+        let Some(at) = self.candidates.find(&context.hasher, key) else {
+            return false;
+        };
+        self.give_slot(at);
+        self.uneven = true;
+        true
+    }
+
     /// Takes over the ghosts of a restored group. Numbers that are not needed come back, to be deleted from the map.
     /// The second value says whether the slots are now exactly the other group's.
-    pub(crate) fn absorb(&mut self, context: Context<'_>, other: &mut Self) -> (Vec<u32>, bool) {
+    pub(crate) fn absorb(&mut self, context: &Context, other: &mut Self) -> (Vec<u32>, bool) {
         let mut spare = Vec::new();
         let same_slots = self.slots.is_empty();
         let mut exact = same_slots;
@@ -272,13 +339,27 @@ impl Group {
         } else {
             other.candidates.live()
         };
+        if same_slots {
+            self.uneven |= other.uneven;
+            self.table = self.table.take().or(other.table.take());
+        }
+        let mut known = BTreeMap::new();
         for from in live {
+            if let Some(at) = known.get(&from) {
+                // A further slot of one that came along.
+                if let Some(at) = at {
+                    self.give_slot(*at);
+                }
+                continue;
+            }
+            known.insert(from, None);
             let ghost = other.candidates[from];
-            let at = match self.candidates.find(context.hasher, ghost.key()) {
+            let at = match self.candidates.find(&context.hasher, ghost.key()) {
                 None => {
                     let at = self.insert(context, ghost.key(), ghost.cluster);
                     self.candidates[at] = Candidate {
                         slot: NO_SLOT,
+                        slots: 0,
                         ..ghost
                     };
                     self.candidates[at].set(DIRTY, false);
@@ -309,6 +390,7 @@ impl Group {
             self.mark(at);
             if same_slots {
                 self.give_slot(at);
+                known.insert(from, Some(at));
             }
         }
         other.candidates = Indexed::new();
@@ -318,13 +400,8 @@ impl Group {
         (spare, exact)
     }
 
-    fn give_slot(&mut self, at: u32) {
-        self.candidates[at].slot = self.slots.len() as u32;
-        push_tight(&mut self.slots, at);
-    }
-
     /// Drops the ghosts whose cluster satisfies `stale`.
-    pub(crate) fn drop_ghosts(&mut self, context: Context<'_>, stale: impl Fn(u16) -> bool) {
+    pub(crate) fn drop_ghosts(&mut self, context: &Context, stale: impl Fn(u16) -> bool) {
         if self.ghosts == 0 {
             return;
         }
@@ -350,25 +427,18 @@ impl Group {
         self.held = 0;
     }
 
-    fn selected(&self, context: Context<'_>, at: u32) -> bool {
-        let candidate = &self.candidates[at];
-        let tier = context.tier(candidate.cluster, candidate.class);
-        candidate.id != 0
-            && candidate.alive()
-            && (candidate.is(GHOST)
-                || tier.is_some_and(|tier| self.tiers.contains(tier))
-                || (candidate.is(HELD) && self.last_resort))
-    }
-
     /// Brings numbers and slots in line with what is known, and says what changed.
     pub(crate) fn settle(
         &mut self,
-        context: Context<'_>,
+        context: &Context,
         ids: &mut IdAllocator,
         mut known_id: impl FnMut(&Address, u16) -> Option<u32>,
     ) -> Delta {
-        let mut delta = Delta::default();
         let dirty = std::mem::take(&mut self.dirty);
+        let mut delta = Delta {
+            reshared: !dirty.is_empty() || self.reselect,
+            ..Delta::default()
+        };
         for &at in &dirty {
             let mut candidate = self.candidates[at];
             candidate.set(DIRTY, false);
@@ -409,78 +479,26 @@ impl Group {
                 candidate.set(WRITTEN, false);
             }
             if candidate.contributions == 0 {
-                self.candidates.remove(context.hasher, at);
+                self.candidates.remove(&context.hasher, at);
             }
         }
+        self.seasoned |= self.has_active();
         delta
     }
 
-    fn settle_slots(&mut self, context: Context<'_>, dirty: &[u32], touched: &mut Vec<u32>) {
-        let tiers = select(self.affinity, &self.counts);
-        let last_resort = self.held > 0 && tiers.is_empty() && self.ghosts == 0;
-        let all = tiers != self.tiers || self.overflow > 0 || last_resort != self.last_resort;
-        self.tiers = tiers;
-        self.last_resort = last_resort;
-        let live;
-        let considered = if all {
-            live = self.candidates.live();
-            // Dead ones leave the index only after this.
-            live.as_slice()
-        } else {
-            dirty
-        };
-        let (mut holes, mut joining) = (Vec::new(), Vec::new());
-        for &at in considered {
-            let candidate = &self.candidates[at];
-            match (candidate.has_slot(), self.selected(context, at)) {
-                (true, false) => holes.push(candidate.slot),
-                (false, true) => joining.push(at),
-                _ => {}
-            }
-        }
-        for &hole in &holes {
-            let at = self.slots[hole as usize];
-            self.candidates[at].slot = NO_SLOT;
-        }
-        // Descending, so that the lowest hole is filled first.
-        holes.sort_unstable_by(|a, b| b.cmp(a));
-        let mut joining = joining.into_iter();
-        while let Some(&hole) = holes.last() {
-            let Some(at) = joining.next() else { break };
-            holes.pop();
-            self.slots[hole as usize] = at;
-            self.candidates[at].slot = hole;
-            touched.push(hole);
-        }
-        self.overflow = 0;
-        for at in joining {
-            if self.slots.len() >= SLOTS_MAX {
-                self.overflow += 1;
-                continue;
-            }
-            touched.push(self.slots.len() as u32);
-            self.give_slot(at);
-        }
-        // Holes left: from the highest down, the last slot moves into it.
-        for hole in holes {
-            self.slots.swap_remove(hole as usize);
-            if let Some(&moved) = self.slots.get(hole as usize) {
-                self.candidates[moved].slot = hole;
-                touched.push(hole);
-            }
-        }
-        touched.sort_unstable();
-        touched.dedup();
-        touched.retain(|position| (*position as usize) < self.slots.len());
+    /// Who takes traffic, as of the last drain.
+    pub(crate) const fn picked(&self) -> Picked {
+        self.picked
     }
 
-    /// Tiers that take traffic, as of the last drain.
-    pub(crate) const fn tiers(&self) -> TierSet {
-        self.tiers
+    /// What the rank that is asked first has.
+    pub(crate) fn first_rank(&self) -> RankCount {
+        self.counts.rank(0)
     }
 
-    pub(crate) const fn has(&self, tier: Tier) -> bool {
-        self.counts.has(tier)
+    /// Hints of zones hold, as of the last drain.
+    pub(crate) const fn hinted(&self) -> bool {
+        self.hinted
     }
 
     /// Gives up all backends: the numbers to delete from the map.
@@ -494,12 +512,13 @@ impl Group {
         self.candidates = Indexed::new();
         self.slots = Vec::new();
         self.dirty = Vec::new();
+        self.ramps = Vec::new();
         self.held = 0;
         ids
     }
 
     /// The entry of a candidate in the backend map.
-    pub(crate) fn backend(&self, context: Context<'_>, candidate: &Candidate) -> Backend {
+    pub(crate) fn backend(&self, context: &Context, candidate: &Candidate) -> Backend {
         let state = if context.quarantined(candidate.cluster) {
             backend_state::QUARANTINED
         } else if candidate.class == Class::Terminating {

@@ -1,18 +1,25 @@
 //! Source tables in compact form: what each cluster says about a service.
 //!
-//! An endpoint is 28 bytes; names of nodes, hosts and ports are interned. What the merge and `isthmus service` do not
+//! An endpoint is 32 bytes; names of nodes, hosts and ports are interned. What the merge and `isthmus service` do not
 //! use (labels, selectors, a remote frame's addresses) is not kept.
 
-use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use ipnet::IpNet;
 use isthmus_bpf_abi::Address;
-use isthmus_model::{Affinity, Protocol, ServiceFrame, ServiceName, ServiceType, Slice};
+use isthmus_model::{
+    Affinity, Algorithm, Preference, Protocol, ServiceFrame, ServiceName, SessionAffinity, Slice,
+};
 
-use super::select::Class;
+use super::{
+    candidate::{Context, View},
+    exposed::{FrontendRecord, frontends},
+    select::Class,
+    zones::Zones,
+};
 use crate::{
     Family,
     address::to_address,
-    indexed::push_tight,
     intern::{Interner, Texts},
 };
 
@@ -27,6 +34,8 @@ pub(crate) struct EndpointRecord {
     pub(crate) hostname: u32,
     pub(crate) weight: u16,
     pub(crate) zone: u8,
+    /// A set of zones, 0 if there is no hint.
+    pub(crate) hint: u8,
     conditions: u8,
 }
 
@@ -49,6 +58,19 @@ impl EndpointRecord {
             (_, true) if self.serving() => Class::Terminating,
             (_, false) if self.ready() => Class::Active,
             _ => Class::Unusable,
+        }
+    }
+
+    pub(crate) const fn view(&self, cluster: u16) -> View {
+        // One that terminates and no longer answers is not part of what its cluster is meant to have.
+        let leaving = self.terminating() && !self.serving();
+        View {
+            cluster,
+            class: self.class(),
+            zone: self.zone,
+            hint: self.hint,
+            weight: if leaving { 0 } else { self.weight },
+            conflict: false,
         }
     }
 }
@@ -79,12 +101,21 @@ impl SliceRecord {
     }
 }
 
-/// The port of a backend group: service ports of one name and protocol, in one address family.
+/// Which endpoints a frontend may use.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub(crate) enum Reach {
+    All,
+    /// Those on this node.
+    Node,
+}
+
+/// The port of a backend group: service ports of one name and protocol, in one address family, that reach alike.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub(crate) struct GroupPort {
     pub(crate) name: u32,
     pub(crate) protocol: Protocol,
     pub(crate) family: Family,
+    pub(crate) reach: Reach,
 }
 
 impl GroupPort {
@@ -95,15 +126,14 @@ impl GroupPort {
         };
         ports.iter().find(matches).map(|port| port.port)
     }
-}
 
-/// A frontend that the local cluster's frame asks for.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(crate) struct FrontendRecord {
-    pub(crate) address: Address,
-    /// Host order.
-    pub(crate) port: u16,
-    pub(crate) group: GroupPort,
+    /// Whether an endpoint of `cluster` may be a backend, its port apart.
+    pub(crate) fn reaches(self, context: &Context, cluster: u16, endpoint: &EndpointRecord) -> bool {
+        match self.reach {
+            Reach::All => true,
+            Reach::Node => cluster == context.local && endpoint.node == context.node,
+        }
+    }
 }
 
 /// The local cluster's frame.
@@ -112,8 +142,13 @@ pub(crate) struct LocalFrame {
     pub(crate) global: bool,
     pub(crate) shared: bool,
     pub(crate) affinity: Affinity,
-    pub(crate) service_type: ServiceType,
-    /// Ascending by group, then address and port.
+    pub(crate) preference: Preference,
+    pub(crate) algorithm: Algorithm,
+    /// For how long a client keeps its backend, 0 if it does not.
+    pub(crate) affinity_seconds: u32,
+    /// Who may ask at load balancers' addresses; everybody if empty.
+    pub(crate) source_ranges: Arc<[IpNet]>,
+    /// Ascending by group, then address and port. Those of node ports have the address [`super::exposed::NODE`].
     pub(crate) frontends: Box<[FrontendRecord]>,
     /// Held port names, one holder each.
     port_names: Box<[u32]>,
@@ -208,8 +243,6 @@ impl Service {
 pub(crate) struct Pools {
     pub(crate) texts: Texts,
     ports: Interner<Box<[PortRecord]>>,
-    zones: Vec<Box<str>>,
-    zone_numbers: BTreeMap<Box<str>, u8>,
 }
 
 impl Pools {
@@ -217,8 +250,6 @@ impl Pools {
         Self {
             texts: Texts::new(),
             ports: Interner::new(),
-            zones: Vec::new(),
-            zone_numbers: BTreeMap::new(),
         }
     }
 
@@ -226,28 +257,7 @@ impl Pools {
         self.ports.resolve(list)
     }
 
-    /// The number of a zone on this node. Zones past the 255th are unknown: 0.
-    fn zone_number(&mut self, zone: &str) -> u8 {
-        if zone.is_empty() {
-            return 0;
-        }
-        if let Some(number) = self.zone_numbers.get(zone) {
-            return *number;
-        }
-        let Ok(number) = u8::try_from(self.zones.len() + 1) else {
-            return 0;
-        };
-        self.zones.push(zone.into());
-        self.zone_numbers.insert(zone.into(), number);
-        number
-    }
-
-    pub(crate) fn zone(&self, number: u8) -> &str {
-        let at = usize::from(number).checked_sub(1);
-        at.and_then(|at| self.zones.get(at)).map_or("", |zone| zone)
-    }
-
-    pub(crate) fn acquire_slice(&mut self, slice: &Slice) -> SliceRecord {
+    pub(crate) fn acquire_slice(&mut self, zones: &mut Zones, slice: &Slice) -> SliceRecord {
         let mut endpoints = Vec::with_capacity(slice.endpoints.len());
         let mut last: Option<(&str, u32, &str, u8)> = None;
         for endpoint in &slice.endpoints {
@@ -259,10 +269,7 @@ impl Pools {
                     self.texts.retain(node);
                     (node, zone)
                 }
-                _ => (
-                    self.texts.acquire(&endpoint.node),
-                    self.zone_number(&endpoint.zone),
-                ),
+                _ => (self.texts.acquire(&endpoint.node), zones.number(&endpoint.zone)),
             };
             last = Some((&endpoint.node, node, &endpoint.zone, zone));
             endpoints.push(EndpointRecord {
@@ -271,6 +278,7 @@ impl Pools {
                 hostname: self.texts.acquire(&endpoint.hostname),
                 weight: endpoint.weight,
                 zone,
+                hint: zones.set_number(&endpoint.zone_hints),
                 conditions: if endpoint.ready { READY } else { 0 }
                     | if endpoint.serving { SERVING } else { 0 }
                     | if endpoint.terminating { TERMINATING } else { 0 },
@@ -329,6 +337,7 @@ impl Pools {
             .iter()
             .map(|port| self.texts.acquire(&port.name))
             .collect();
+        let traffic = &frame.traffic;
         LocalFrame {
             global: frame.global,
             shared: frame.global && frame.shared,
@@ -337,7 +346,20 @@ impl Pools {
             } else {
                 Affinity::None
             },
-            service_type: frame.service_type,
+            preference: if frame.global {
+                traffic.preference.clone()
+            } else {
+                Preference {
+                    slow_start_seconds: traffic.preference.slow_start_seconds,
+                    ..Preference::default()
+                }
+            },
+            algorithm: traffic.algorithm,
+            affinity_seconds: match frame.session_affinity {
+                SessionAffinity::None => 0,
+                SessionAffinity::ClientIp { timeout_seconds } => timeout_seconds,
+            },
+            source_ranges: traffic.source_ranges.as_slice().into(),
             frontends: frontends(frame, &names).into_boxed_slice(),
             port_names: names,
         }
@@ -346,37 +368,4 @@ impl Pools {
     pub(crate) fn release_frame(&mut self, frame: &LocalFrame) {
         frame.port_names.iter().for_each(|name| self.texts.release(*name));
     }
-}
-
-/// The frontends of a frame: its cluster IPs with its TCP and UDP ports. Node ports and external addresses will join here.
-fn frontends(frame: &ServiceFrame, names: &[u32]) -> Vec<FrontendRecord> {
-    let mut list = Vec::new();
-    if matches!(
-        frame.service_type,
-        ServiceType::Headless | ServiceType::ExternalName
-    ) {
-        return list;
-    }
-    for address in frame.cluster_ips.iter().copied().map(to_address) {
-        for (port, name) in frame.ports.iter().zip(names) {
-            if matches!(port.protocol, Protocol::Tcp | Protocol::Udp) {
-                let group = GroupPort {
-                    name: *name,
-                    protocol: port.protocol,
-                    family: Family::of(&address),
-                };
-                push_tight(
-                    &mut list,
-                    FrontendRecord {
-                        address,
-                        port: port.port,
-                        group,
-                    },
-                );
-            }
-        }
-    }
-    list.sort_by_key(|frontend| (frontend.group, frontend.address, frontend.port));
-    list.dedup_by_key(|frontend| (frontend.group, frontend.address, frontend.port));
-    list
 }

@@ -9,19 +9,49 @@
 //! Entries that no lookup can reach, or that no planner of ours wrote (another family or protocol than the frontend's,
 //! numbers out of range), are not kept: the first plan removes or rewrites them.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use hashbrown::HashMap;
-use isthmus_bpf_abi::{Backend, PROTO_TCP, PROTO_UDP, SCOPE_EXTERNAL, ServiceKey, ServiceValue};
+use isthmus_bpf_abi::{
+    Backend, MaglevChunk, MaglevKey, PROTO_TCP, PROTO_UDP, SCOPE_INTERNAL, ServiceKey, ServiceValue,
+    SourceRangeKey, service_flag,
+};
 use isthmus_model::Protocol;
 
-use super::{LoadBalancer, candidate::Context, frontend::Frontend, group::Group, record::GroupPort};
+use super::{
+    LoadBalancer,
+    frontend::Frontend,
+    group::Group,
+    record::{GroupPort, Reach},
+    table::{Table, chunks_of},
+};
 use crate::{Family, LbDump};
 
 /// Port name of a group that no service has: no text has this number.
 const NO_NAME: u32 = u32::MAX;
 /// Failure domains of restored groups; those of services are lower.
 const DOMAIN_RESTORED: u32 = 1 << 31;
+/// Flags of slot 0 that frontends of a group have in common.
+const GROUP_FLAGS: u16 = service_flag::GLOBAL | service_flag::AFFINITY;
+
+/// What restoring looks things up in.
+struct Found {
+    services: BTreeMap<ServiceKey, ServiceValue>,
+    backends: BTreeMap<u32, Backend>,
+    /// Chunks of Maglev tables, by service number.
+    tables: BTreeMap<u32, BTreeMap<u32, Arc<MaglevChunk>>>,
+    /// Source ranges, by service number.
+    ranges: BTreeMap<u32, Vec<SourceRangeKey>>,
+    /// The group that has a backend's number.
+    owner: HashMap<u32, u32>,
+    by_slots: BTreeMap<GroupLook, u32>,
+}
+
+/// Frontends that look alike share a group: slots, protocol, family, flags, seconds of affinity, whether there is a table.
+type GroupLook = (Vec<u32>, u8, Family, u16, u32, bool);
 
 impl LoadBalancer {
     /// Takes over the maps' contents. To be called once, before any event.
@@ -33,20 +63,42 @@ impl LoadBalancer {
             self.services.len() == 0 && self.frontends.len() == 0,
             "restore comes before the first event"
         );
-        let backends: BTreeMap<u32, Backend> = dump.backends.iter().copied().collect();
-        let services: BTreeMap<ServiceKey, ServiceValue> = dump.services.iter().copied().collect();
+        let mut found = Found {
+            services: dump.services.iter().copied().collect(),
+            backends: dump.backends.iter().copied().collect(),
+            tables: BTreeMap::new(),
+            ranges: BTreeMap::new(),
+            owner: HashMap::new(),
+            by_slots: BTreeMap::new(),
+        };
+        for (key, chunk) in &dump.maglev {
+            let chunks = found.tables.entry(key.service_id).or_default();
+            chunks.insert(key.chunk, Arc::clone(chunk));
+        }
+        for key in &dump.source_ranges {
+            found.ranges.entry(key.service_id).or_default().push(*key);
+        }
         // No number of the dump is given out anew before its entry is gone.
-        for id in backends.keys() {
+        for id in found.backends.keys() {
             self.backend_ids.reserve(*id);
         }
-        let mut owner: HashMap<u32, u32> = HashMap::new();
-        let mut by_slots: BTreeMap<(Vec<u32>, u8, Family), u32> = BTreeMap::new();
-        for (key, value) in &services {
-            if key.slot == 0 && well_formed(key) {
-                self.restore_frontend(*key, value, &services, &backends, &mut owner, &mut by_slots);
-            }
+        let keys: Vec<ServiceKey> = found.services.keys().copied().collect();
+        for key in keys.iter().filter(|key| key.slot == 0 && well_formed(key)) {
+            self.restore_frontend(*key, &mut found);
         }
-        self.debris = services.into_keys().filter(|key| !self.reaches(key)).collect();
+        self.debris = keys.into_iter().filter(|key| !self.reaches(key)).collect();
+        self.range_debris = found.ranges.into_values().flatten().collect();
+        self.table_debris = found
+            .tables
+            .iter()
+            .flat_map(|(service_id, chunks)| {
+                chunks.keys().map(|chunk| MaglevKey {
+                    service_id: *service_id,
+                    chunk: *chunk,
+                })
+            })
+            .collect();
+        let (backends, owner) = (found.backends, found.owner);
         // Descending, so that the lowest number of a backend is taken first.
         for (id, backend) in backends.iter().rev().filter(|(id, _)| !owner.contains_key(*id)) {
             let what = (backend.address, u16::from_be_bytes(backend.port), backend.proto);
@@ -66,37 +118,32 @@ impl LoadBalancer {
 
     /// Whether a restored frontend accounts for this entry.
     fn reaches(&self, key: &ServiceKey) -> bool {
-        let frontend = self
-            .frontend_index
-            .get(&(key.address, u16::from_be_bytes(key.port), key.proto));
+        let frontend =
+            self.frontend_index
+                .get(&(key.address, u16::from_be_bytes(key.port), key.proto, key.scope));
         well_formed(key)
             && frontend.is_some_and(|number| {
                 self.frontends[*number]
                     .written
-                    .is_some_and(|(count, _)| key.slot <= count)
+                    .is_some_and(|value| key.slot <= value.count)
             })
     }
 
-    fn restore_frontend(
-        &mut self,
-        key: ServiceKey,
-        value: &ServiceValue,
-        services: &BTreeMap<ServiceKey, ServiceValue>,
-        backends: &BTreeMap<u32, Backend>,
-        owner: &mut HashMap<u32, u32>,
-        by_slots: &mut BTreeMap<(Vec<u32>, u8, Family), u32>,
-    ) {
+    fn restore_frontend(&mut self, key: ServiceKey, found: &mut Found) {
+        let Some(value) = found.services.get(&key).copied() else {
+            return;
+        };
         let family = Family::of(&key.address);
         let fits = |backend: &Backend| backend.proto == key.proto && Family::of(&backend.address) == family;
         let mut exact = true;
         let mut ids = Vec::new();
         for slot in 1..=value.count {
-            let found = services.get(&key.at_slot(slot));
-            exact &= found.is_some_and(|found| found.service_id == value.service_id);
-            let id = found.map(|found| found.backend_id);
-            match id.filter(|id| backends.get(id).is_some_and(fits) && self.backend_ids.is_live(*id)) {
-                Some(id) if !ids.contains(&id) => ids.push(id),
-                _ => exact = false,
+            let entry = found.services.get(&key.at_slot(slot));
+            exact &= entry.is_some_and(|entry| entry.service_id == value.service_id);
+            let id = entry.map(|entry| entry.backend_id);
+            match id.filter(|id| found.backends.get(id).is_some_and(fits) && self.backend_ids.is_live(*id)) {
+                Some(id) => ids.push(id),
+                None => exact = false,
             }
         }
         let service_id = if self.service_ids.reserve(value.service_id) {
@@ -105,33 +152,76 @@ impl LoadBalancer {
             exact = false;
             self.service_ids.allocate().unwrap_or(0)
         };
-        let same = (ids.clone(), key.proto, family);
-        let group = match by_slots.get(&same) {
+        let mine = service_id == value.service_id;
+        let table = self.restore_table(&value, mine, &ids, found);
+        exact &= table.is_some() == (value.flags & service_flag::MAGLEV != 0);
+        let flags = value.flags & GROUP_FLAGS;
+        let affinity = match flags & service_flag::AFFINITY {
+            0 => 0,
+            _ => value.affinity_seconds(),
+        };
+        let look = (ids.clone(), key.proto, family, flags, affinity, table.is_some());
+        let group = match found.by_slots.get(&look) {
             Some(group) if !ids.is_empty() => *group,
             _ => {
-                let (group, kept) = self.restore_group(key, family, &ids, backends, owner);
+                let (group, kept) = self.restore_group(key, family, &ids, found);
                 exact &= kept;
-                by_slots.insert(same, group);
+                found.by_slots.insert(look, group);
                 group
             }
         };
-        let domain = self.groups[group].domain;
-        self.groups[group].flags = value.flags;
-        let number = self.frontends.insert(Frontend {
-            key: (key.address, u16::from_be_bytes(key.port), key.proto),
+        let restored = &mut self.groups[group];
+        let domain = restored.domain;
+        restored.flags = flags & !service_flag::AFFINITY;
+        restored.affinity_seconds = affinity;
+        let mut frontend = Frontend::new(
+            (key.address, u16::from_be_bytes(key.port), key.proto, key.scope),
             service_id,
-            claims: Vec::new(),
-            group: Some(group),
-            written: Some((value.count, value.flags)),
-            fresh: !exact,
-            domain,
-            restored: true,
-        });
+        );
+        if let Some(table) = table {
+            restored.wants_table = true;
+            exact &= restored.table.as_ref().is_none_or(|known| *known == table);
+            restored.table.get_or_insert(table);
+            frontend.table_chunks = chunks_of(self.maglev.table_size);
+            self.table_chunks += frontend.table_chunks;
+        }
+        frontend.group = Some(group);
+        frontend.flags = value.flags & !(GROUP_FLAGS | service_flag::MAGLEV);
+        frontend.written = Some(value);
+        if mine {
+            frontend.written_ranges = found.ranges.remove(&service_id).unwrap_or_default();
+            frontend.written_ranges.sort_unstable();
+        }
+        frontend.fresh = !exact;
+        frontend.domain = domain;
+        frontend.restored = true;
+        let number = self.frontends.insert(frontend);
         self.frontend_index.insert(self.frontends[number].key, number);
         self.groups[group].frontends.push(number);
         if !exact {
             self.enqueue(group);
         }
+    }
+
+    /// The Maglev table of a frontend, if it is whole and names its backends alone. Chunks that are left in `found` go.
+    fn restore_table(
+        &self,
+        value: &ServiceValue,
+        mine: bool,
+        ids: &[u32],
+        found: &mut Found,
+    ) -> Option<Table> {
+        if value.flags & service_flag::MAGLEV == 0 || !mine {
+            return None;
+        }
+        let chunks = found.tables.get(&value.service_id)?;
+        let numbered = (0..).zip(chunks.keys()).all(|(want, got)| want == *got);
+        let ids: BTreeSet<u32> = ids.iter().copied().collect();
+        let chunks: Vec<_> = chunks.values().cloned().collect();
+        let table = Table::restore(self.maglev.table_size, chunks, |id| ids.contains(&id));
+        let table = table.filter(|_| numbered)?;
+        found.tables.remove(&value.service_id);
+        Some(table)
     }
 
     /// A group of ghosts. The second value is false if some of the numbers are another group's.
@@ -140,8 +230,7 @@ impl LoadBalancer {
         key: ServiceKey,
         family: Family,
         ids: &[u32],
-        backends: &BTreeMap<u32, Backend>,
-        owner: &mut HashMap<u32, u32>,
+        found: &mut Found,
     ) -> (u32, bool) {
         let protocol = if key.proto == PROTO_TCP {
             Protocol::Tcp
@@ -152,24 +241,28 @@ impl LoadBalancer {
             name: NO_NAME,
             protocol,
             family,
+            reach: Reach::All,
         };
         let number = self.groups.insert(Group::new(None, port, 0));
-        let context = Context {
-            local: self.local,
-            quarantined: &self.quarantined,
-            hasher: &self.hasher,
-        };
+        let context = &self.context;
         let group = &mut self.groups[number];
         group.domain = DOMAIN_RESTORED | number;
         let mut kept = true;
+        let mut seen = BTreeSet::new();
         for id in ids {
-            let own = *owner.entry(*id).or_insert(number) == number;
-            let added = backends
-                .get(id)
-                .is_some_and(|backend| group.add_ghost(context, backend, if own { *id } else { 0 }));
+            let Some(backend) = found.backends.get(id) else {
+                kept = false;
+                continue;
+            };
+            if !seen.insert(*id) {
+                kept &= group.add_ghost_slot(context, backend);
+                continue;
+            }
+            let own = *found.owner.entry(*id).or_insert(number) == number;
+            let added = group.add_ghost(context, backend, if own { *id } else { 0 });
             if own && !added {
                 // A second number for the same backend.
-                owner.remove(id);
+                found.owner.remove(id);
             }
             kept &= own && added;
         }
@@ -179,5 +272,5 @@ impl LoadBalancer {
 
 /// Whether a planner of ours can have written this key.
 fn well_formed(key: &ServiceKey) -> bool {
-    matches!(key.proto, PROTO_TCP | PROTO_UDP) && key.scope == SCOPE_EXTERNAL && key.pad == [0; 2]
+    matches!(key.proto, PROTO_TCP | PROTO_UDP) && key.scope <= SCOPE_INTERNAL && key.pad == [0; 2]
 }

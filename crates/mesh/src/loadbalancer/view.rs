@@ -7,9 +7,10 @@ use isthmus_model::{Affinity, Protocol, ServiceName};
 
 use super::{
     FrontendView, LoadBalancer,
-    candidate::Context,
-    record::{EndpointRecord, Part, PortRecord, Service},
-    select::{Class, Tier},
+    candidate::{Candidate, Context},
+    group::Group,
+    record::{EndpointRecord, LocalFrame, Part, PortRecord, Reach, Service},
+    select::{Class, Hint},
 };
 use crate::{Family, to_ip};
 
@@ -90,6 +91,12 @@ pub enum Unused {
     Terminating,
     /// Another cluster owns this address and port.
     OwnedElsewhere,
+    /// A tier of clusters before its own carries all.
+    LaterTier,
+    /// Its hints name other zones, and there are some for this one.
+    OtherZone,
+    /// The service may be asked through backends on this node only.
+    OtherNode,
     /// Affinity local, and the local cluster has active ones.
     AffinityLocal,
     /// Affinity remote, and other clusters have healthy ones.
@@ -115,6 +122,9 @@ impl Unused {
             Self::WeightZero => "weight 0",
             Self::Terminating => "terminating",
             Self::OwnedElsewhere => "address owned by another cluster",
+            Self::LaterTier => "tier before it carries all",
+            Self::OtherZone => "hints name other zones",
+            Self::OtherNode => "not on this node",
             Self::AffinityLocal => "affinity local",
             Self::AffinityRemote => "affinity remote",
             Self::ClusterUnhealthy => "cluster unhealthy",
@@ -247,7 +257,7 @@ impl LoadBalancer {
             protocol: port.protocol,
             port_name: self.pools.texts.resolve(port.name).to_owned(),
             node: self.pools.texts.resolve(endpoint.node).to_owned(),
-            zone: self.pools.zone(endpoint.zone).to_owned(),
+            zone: self.context.zones.name(endpoint.zone).to_owned(),
             hostname: self.pools.texts.resolve(endpoint.hostname).to_owned(),
             weight: endpoint.weight,
             ready: endpoint.ready(),
@@ -269,7 +279,7 @@ impl LoadBalancer {
         let Some(frame) = &service.local else {
             return Err((None, Unused::NoLocalService));
         };
-        if part.cluster != self.local {
+        if part.cluster != self.context.local {
             match part.remote {
                 _ if !frame.global => return Err((None, Unused::NotGlobal)),
                 None | Some((false, _)) => return Err((None, Unused::RemoteNotGlobal)),
@@ -278,17 +288,27 @@ impl LoadBalancer {
             }
         }
         let family = Family::of(&endpoint.address);
+        let fits =
+            |group: &&Group| group.port.family == family && group.port.number_in(&[port]) == Some(port.port);
+        // Where all backends count, if there is such a frontend: what only this node's are for says less.
         let group = service
             .groups
             .iter()
             .map(|number| &self.groups[*number])
-            .find(|group| group.port.family == family && group.port.number_in(&[port]) == Some(port.port));
+            .filter(fits)
+            .min_by_key(|group| group.port.reach);
         let Some(group) = group else {
             return Err((None, Unused::NoMatchingPort));
         };
-        let found = group.candidates.find(&self.hasher, (endpoint.address, port.port));
+        let found = group
+            .candidates
+            .find(&self.context.hasher, (endpoint.address, port.port));
         let Some(candidate) = found.map(|at| &group.candidates[at]) else {
-            return Err((None, Unused::NoMatchingPort));
+            let reason = match group.port.reach {
+                Reach::Node => Unused::OtherNode,
+                Reach::All => Unused::NoMatchingPort,
+            };
+            return Err((None, reason));
         };
         let id = (candidate.id != 0).then_some(candidate.id);
         if candidate.cluster != part.cluster {
@@ -308,33 +328,30 @@ impl LoadBalancer {
         if candidate.has_slot() {
             return Ok(candidate.id);
         }
-        let context = Context {
-            local: self.local,
-            quarantined: &self.quarantined,
-            hasher: &self.hasher,
-        };
-        Err((id, group.why_not(context, candidate)))
+        Err((id, group.why_not(&self.context, frame, candidate)))
     }
 }
 
-impl super::group::Group {
+impl Group {
     /// Why a backend that could take traffic was not selected.
-    fn why_not(&self, context: Context<'_>, candidate: &super::candidate::Candidate) -> Unused {
-        let Some(tier) = context.tier(candidate.cluster, candidate.class()) else {
-            return Unused::Unready;
-        };
-        if self.tiers().contains(tier) {
+    fn why_not(&self, context: &Context, frame: &LocalFrame, candidate: &Candidate) -> Unused {
+        let tally = context.tally(&self.order, &candidate.view());
+        if self.takes(context, candidate) {
             return Unused::NoRoom;
         }
-        let local = candidate.cluster == context.local;
-        match (tier, self.affinity) {
-            (Tier::QuarantinedActive | Tier::QuarantinedTerminating, _) => Unused::ClusterUnhealthy,
-            (_, Affinity::Local) if !local && self.has(Tier::LocalActive) => Unused::AffinityLocal,
-            (_, Affinity::Remote)
-                if local && (self.has(Tier::RemoteActive) || self.has(Tier::RemoteTerminating)) =>
-            {
-                Unused::AffinityRemote
-            }
+        if self.hinted() && tally.hint == Hint::Elsewhere && self.picked().takes(tally) {
+            return Unused::OtherZone;
+        }
+        if tally.quarantined {
+            return Unused::ClusterUnhealthy;
+        }
+        let first = self.first_rank();
+        if !frame.preference.tiers.is_empty() && tally.class == Class::Active {
+            return Unused::LaterTier;
+        }
+        match (frame.affinity, tally.rank) {
+            (Affinity::Local, 1) if first.active > 0 => Unused::AffinityLocal,
+            (Affinity::Remote, 1) if first.active > 0 || first.terminating > 0 => Unused::AffinityRemote,
             _ => Unused::Terminating,
         }
     }

@@ -2,14 +2,18 @@
 
 use std::net::IpAddr;
 
-use isthmus_mesh::{LoadBalancer, Source, SourceTable};
+use isthmus_mesh::{LoadBalancer, MaglevConfig, Source, SourceTable};
 use isthmus_model::{
-    Affinity, ClusterId, ClusterName, MaxConnectedClusters, Protocol, ServiceFrame, ServiceName, ServicePort,
-    ServiceType, SessionAffinity, Slice, SliceEndpoint, SlicePort,
+    Affinity, Algorithm, ClusterId, ClusterName, MaxConnectedClusters, MinHealthy, Preference, Protocol,
+    ServiceFrame, ServiceName, ServicePort, ServiceType, SessionAffinity, Slice, SliceEndpoint, SlicePort,
+    Traffic, TrafficPolicy,
 };
 use proptest::{collection::vec, prelude::*, sample::subsequence};
 
-use crate::naive::{LOCAL, Tables, ip};
+use crate::{
+    maps::TABLE_SIZE,
+    naive::{LOCAL, Tables, ip},
+};
 
 pub fn cluster(id: u16) -> ClusterId {
     ClusterId::new(id.into(), MaxConnectedClusters::C255).unwrap()
@@ -21,6 +25,18 @@ pub fn cluster_name(id: u16) -> ClusterName {
 
 pub fn service(number: u8) -> ServiceName {
     ServiceName::new("shop", &format!("s{number}")).unwrap()
+}
+
+/// The node that the merge of the tests is on.
+pub const NODE: &str = "n3";
+
+/// A merge on a node, with small Maglev tables.
+pub fn new_merge() -> LoadBalancer {
+    let maglev = MaglevConfig {
+        table_size: TABLE_SIZE,
+        ..MaglevConfig::default()
+    };
+    LoadBalancer::on_node(cluster(LOCAL), NODE, maglev)
 }
 
 pub fn service_port(name: &str, protocol: Protocol, port: u16) -> ServicePort {
@@ -80,6 +96,8 @@ pub enum Event {
     DeleteSlice(u16, u8, u8),
     ClusterRemoved(u16),
     Health(u16, bool),
+    /// This node's addresses and zone.
+    Node(Vec<IpAddr>, String),
     Drain,
 }
 
@@ -126,6 +144,12 @@ impl Event {
                     tables.unhealthy.insert(*of);
                 }
             }
+            Self::Node(addresses, zone) => {
+                merge.set_node_addresses(addresses.iter().copied());
+                merge.set_zone(zone);
+                tables.node_addresses = addresses.clone();
+                tables.zone = zone.clone();
+            }
             Self::Drain => {}
         }
     }
@@ -158,13 +182,60 @@ prop_compose! {
         terminating in proptest::bool::weighted(0.2),
         weight in prop_oneof![1 => Just(0u16), 6 => Just(1), 1 => Just(9)],
         zone in 0u8..3,
+        hints in prop_oneof![3 => Just(vec![]), 1 => subsequence(vec!["a", "b"], 1..=2)],
     ) -> SliceEndpoint {
         let address: IpAddr = if v6 { format!("fd00::{host}").parse().unwrap() } else { IpAddr::from([10, 1, 0, host]) };
         SliceEndpoint {
             ready, serving, terminating, weight,
             zone: ["", "a", "b"][usize::from(zone)].into(),
             node: format!("n{host}").into(),
+            zone_hints: hints.into_iter().map(Into::into).collect(),
             ..SliceEndpoint::ready(address)
+        }
+    }
+}
+
+fn some_policy() -> impl Strategy<Value = TrafficPolicy> {
+    prop_oneof![3 => Just(TrafficPolicy::Cluster), 1 => Just(TrafficPolicy::Local)]
+}
+
+fn some_tiers() -> impl Strategy<Value = &'static str> {
+    prop_oneof![
+        4 => Just(""),
+        1 => Just("local"),
+        1 => Just("local,c2,*"),
+        1 => Just("c3|local,c2"),
+        1 => Just("*,local"),
+        1 => Just("c2,c3,nowhere"),
+    ]
+}
+
+prop_compose! {
+    pub fn some_preference()(
+        tiers in some_tiers(),
+        min_healthy in prop_oneof![
+            2 => Just(MinHealthy::Count(1)),
+            1 => (2u16..5).prop_map(MinHealthy::Count),
+            1 => (1u8..=100).prop_map(MinHealthy::Percent),
+        ],
+        spill_over in proptest::bool::weighted(0.7),
+    ) -> Preference {
+        Preference { tiers: tiers.parse().unwrap(), min_healthy, spill_over, slow_start_seconds: 0 }
+    }
+}
+
+prop_compose! {
+    fn some_traffic()(
+        preference in some_preference(),
+        internal_policy in some_policy(),
+        external_policy in some_policy(),
+        algorithm in prop_oneof![2 => Just(Algorithm::Unspecified), 1 => Just(Algorithm::Maglev)],
+        source_ranges in subsequence(vec!["198.51.100.0/24", "0.0.0.0/0", "2001:db8::/32"], 0..=2),
+    ) -> Traffic {
+        Traffic {
+            preference, internal_policy, external_policy, algorithm,
+            load_balancer_ips: vec![ip("203.0.113.1")],
+            source_ranges: source_ranges.into_iter().map(|range| range.parse().unwrap()).collect(),
         }
     }
 }
@@ -184,8 +255,19 @@ prop_compose! {
         global in proptest::bool::weighted(0.8),
         shared in proptest::bool::weighted(0.8),
         affinity in prop_oneof![Just(Affinity::None), Just(Affinity::Local), Just(Affinity::Remote)],
+        // One address is a cluster IP of others.
+        external_ips in subsequence(vec!["203.0.113.1", "203.0.113.2", "10.96.0.1"], 0..=2),
+        node_port in prop_oneof![3 => Just(0u16), 1 => 30_000u16..30_002],
+        session_affinity in prop_oneof![
+            3 => Just(SessionAffinity::None), 1 => (1u32..3).prop_map(|timeout_seconds| SessionAffinity::ClientIp { timeout_seconds }),
+        ],
+        traffic in prop_oneof![1 => Just(Traffic::default()), 2 => some_traffic()],
     ) -> ServiceFrame {
+        let mut ports = ports;
+        ports.iter_mut().filter(|port| *port.name == *"http").for_each(|port| port.node_port = node_port);
         ServiceFrame {
+            external_ips: external_ips.into_iter().map(ip).collect(),
+            session_affinity, traffic,
             name: service(number),
             cluster_ips: ips.into_iter().map(ip).collect(),
             ports, global,
@@ -226,6 +308,8 @@ pub fn some_event() -> impl Strategy<Value = Event> {
         1 => (some_cluster(), some_service(), 0u8..3).prop_map(|(of, number, name)| Event::DeleteSlice(of, number, name)),
         1 => (2u16..=3).prop_map(Event::ClusterRemoved),
         1 => (some_cluster(), any::<bool>()).prop_map(|(of, healthy)| Event::Health(of, healthy)),
+        1 => (subsequence(vec![ip("192.0.2.1"), ip("192.0.2.2"), ip("2001:db8::1")], 0..=3), 0usize..3)
+            .prop_map(|(addresses, zone)| Event::Node(addresses, ["", "a", "b"][zone].to_owned())),
         4 => Just(Event::Drain),
     ]
 }

@@ -1,8 +1,14 @@
 //! Simulated BPF maps, and the lookups that programs make in them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
-use isthmus_bpf_abi::{Address, Backend, IpcacheKey, IpcacheValue, ServiceKey, ServiceValue};
+use isthmus_bpf_abi::{
+    Address, Backend, IpcacheKey, IpcacheValue, MAGLEV_CHUNK, MaglevChunk, MaglevKey, ServiceKey,
+    ServiceValue, SourceRangeKey, service_flag,
+};
 use isthmus_mesh::{LbDump, MapOp, Plan};
 
 /// Address and port (network order) of a backend.
@@ -13,7 +19,12 @@ pub struct Maps {
     pub services: BTreeMap<ServiceKey, ServiceValue>,
     pub backends: BTreeMap<u32, Backend>,
     pub ipcache: BTreeMap<IpcacheKey, IpcacheValue>,
+    pub maglev: BTreeMap<MaglevKey, Arc<MaglevChunk>>,
+    pub ranges: BTreeSet<SourceRangeKey>,
 }
+
+/// Entries of Maglev tables in these tests.
+pub const TABLE_SIZE: u32 = 251;
 
 /// What the slots of a frontend resolve to; `None` for a slot that resolves to nothing.
 pub type Lookup = Vec<Option<Target>>;
@@ -24,6 +35,8 @@ impl Maps {
             services: dump.services.iter().copied().collect(),
             backends: dump.backends.iter().copied().collect(),
             ipcache: BTreeMap::new(),
+            maglev: dump.maglev.iter().cloned().collect(),
+            ranges: dump.source_ranges.iter().copied().collect(),
         }
     }
 
@@ -35,11 +48,13 @@ impl Maps {
                 .iter()
                 .map(|(id, backend)| (*id, *backend))
                 .collect(),
+            maglev: self.maglev.clone().into_iter().collect(),
+            source_ranges: self.ranges.iter().copied().collect(),
         }
     }
 
     pub fn apply(&mut self, op: &MapOp) {
-        match *op {
+        match op.clone() {
             MapOp::ServicePut(key, value) => drop(self.services.insert(key, value)),
             MapOp::ServiceDelete(key) => drop(self.services.remove(&key)),
             MapOp::BackendPut(id, backend) => {
@@ -51,6 +66,10 @@ impl Maps {
                 );
             }
             MapOp::BackendDelete(id) => drop(self.backends.remove(&id)),
+            MapOp::MaglevPut(key, chunk) => drop(self.maglev.insert(key, chunk)),
+            MapOp::MaglevDelete(key) => drop(self.maglev.remove(&key)),
+            MapOp::SourceRangePut(key) => drop(self.ranges.insert(key)),
+            MapOp::SourceRangeDelete(key) => drop(self.ranges.remove(&key)),
             MapOp::IpcachePut(key, value) => drop(self.ipcache.insert(key, value)),
             MapOp::IpcacheDelete(key) => drop(self.ipcache.remove(&key)),
             MapOp::EndpointPut(..) | MapOp::EndpointDelete(..) => panic!("the merge writes no endpoints"),
@@ -74,8 +93,35 @@ impl Maps {
         (1..=count).map(resolve).collect()
     }
 
+    /// What the entries of a frontend's Maglev table resolve to, if it has one.
+    pub fn table(&self, key: &ServiceKey) -> Option<Lookup> {
+        let frontend = self.services.get(key)?;
+        let resolve = |entry: u32| {
+            let key = MaglevKey {
+                service_id: frontend.service_id,
+                chunk: entry / MAGLEV_CHUNK,
+            };
+            let id = self.maglev.get(&key)?.backend_ids[(entry % MAGLEV_CHUNK) as usize];
+            let backend = self.backends.get(&id)?;
+            Some((backend.address, backend.port))
+        };
+        (frontend.flags & service_flag::MAGLEV != 0).then(|| (0..TABLE_SIZE).map(resolve).collect())
+    }
+
+    /// Prefixes that may ask a frontend; `None` if everybody may.
+    pub fn allowed(&self, key: &ServiceKey) -> Option<BTreeSet<(u32, Address)>> {
+        let frontend = self.services.get(key)?;
+        let mine = self
+            .ranges
+            .iter()
+            .filter(|range| range.service_id == frontend.service_id);
+        (frontend.flags & service_flag::SOURCE_RANGES != 0)
+            .then(|| mine.map(|range| (range.prefix_len, range.address)).collect())
+    }
+
     /// Applies a plan step by step; after each step every lookup must resolve to a backend of before or after.
     /// Frontends that had misses before may have them until the plan is through.
+    /// The same holds for Maglev tables; and whoever may ask at a step may ask before or after.
     pub fn apply_checked(&mut self, plan: &Plan) {
         assert_eq!(plan.ops.len(), plan.domains.len());
         let before = self.lookups();
@@ -91,6 +137,7 @@ impl Maps {
                 .copied()
                 .collect()
         };
+        let start = self.clone();
         let mut phase = 0;
         for op in &plan.ops {
             assert!(op.phase() >= phase, "phases ascend: {op:?}");
@@ -112,6 +159,16 @@ impl Maps {
                         "{key:?} names a stranger after {op:?}"
                     );
                 }
+                for target in self.table(key).into_iter().flatten() {
+                    let Some(target) = target else {
+                        panic!("the table of {key:?} misses after {op:?}")
+                    };
+                    assert!(
+                        old.contains(&target) || new.contains(&target),
+                        "the table of {key:?} names a stranger after {op:?}"
+                    );
+                }
+                self.check_ranges(key, &start, &end, op);
             }
             for (key, lookup) in &before {
                 if after.get(key).is_some_and(|after| !after.is_empty()) && !lookup.is_empty() {
@@ -125,6 +182,23 @@ impl Maps {
         assert!(
             self.lookups().values().flatten().all(Option::is_some),
             "a lookup misses after the plan"
+        );
+    }
+
+    fn check_ranges(&self, key: &ServiceKey, start: &Self, end: &Self, op: &MapOp) {
+        let sides: Vec<_> = [start, end]
+            .into_iter()
+            .filter(|maps| maps.services.contains_key(key))
+            .map(|maps| maps.allowed(key))
+            .collect();
+        if sides.contains(&None) {
+            return;
+        }
+        let known: BTreeSet<_> = sides.into_iter().flatten().flatten().collect();
+        let now = self.allowed(key);
+        assert!(
+            now.is_some_and(|now| now.is_subset(&known)),
+            "{key:?} may be asked by strangers after {op:?}"
         );
     }
 }

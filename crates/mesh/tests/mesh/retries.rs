@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use isthmus_mesh::{LoadBalancer, Reconciler, reconcile::RetryConfig};
+use isthmus_mesh::{Reconciler, reconcile::RetryConfig};
 use proptest::{collection::vec, prelude::*};
 
 use crate::{
-    events::{cluster, some_events},
+    events::{new_merge, some_events},
     maps::Maps,
-    naive::{LOCAL, Tables},
+    naive::Tables,
 };
 
 /// Runs a round in which the operations fail that `fails` says; lookups must resolve after each batch.
@@ -37,7 +37,7 @@ proptest! {
 
     #[test]
     fn failures_hold_up_only_what_depends_on_them(events in some_events(30), failures in vec(0u8..4, 1..50)) {
-        let mut merge = LoadBalancer::new(cluster(LOCAL));
+        let mut merge = new_merge();
         let (mut tables, mut maps) = (Tables::default(), Maps::default());
         let mut reconciler = Reconciler::new(RetryConfig::default(), Duration::ZERO);
         let mut chance = failures.iter().cycle();
