@@ -34,6 +34,7 @@ pub(super) struct Kv(pub(super) Arc<Context>);
 impl Kv {
     fn read(
         &self,
+        peer: &Peer,
         face: Face,
         range: &KeyRange,
         request: &RangeRequest,
@@ -51,6 +52,12 @@ impl Kv {
                 }) = &mut answer
                 {
                     face.show(store, header);
+                    // A list begins at the present, and then knows which history that is in.
+                    if request.revision <= 0
+                        && let Some((epoch, _)) = store.mistakable(&route)
+                    {
+                        peer.has_listed(&route, epoch);
+                    }
                 }
                 Ok(answer)
             }
@@ -173,12 +180,12 @@ impl kv_server::Kv for Kv {
         self.0.list_turn(&peer).await?;
         self.0.metrics.ranges.inc();
         let mut changes = self.0.shared.changes();
-        let mut answer = self.read(face, &range, &request)?;
+        let mut answer = self.read(&peer, face, &range, &request)?;
         if answer == Err(RangeError::Future) {
             // A reader that comes from another replica may be some milliseconds ahead of this one.
             let reached = async {
                 while answer == Err(RangeError::Future) && changes.changed().await.is_ok() {
-                    answer = self.read(face, &range, &request)?;
+                    answer = self.read(&peer, face, &range, &request)?;
                 }
                 Ok::<_, Status>(())
             };
@@ -194,7 +201,7 @@ impl kv_server::Kv for Kv {
                 break;
             }
             // Also if it came between these looks.
-            answer = self.read(face, &range, &request)?;
+            answer = self.read(&peer, face, &range, &request)?;
             if !waits {
                 break;
             }

@@ -1,14 +1,19 @@
 //! Who is on the other end of a connection, and whether it may stay.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicU8, AtomicU32, AtomicUsize, Ordering},
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU8, AtomicU32, AtomicUsize, Ordering},
+    },
 };
 
 use isthmus_tls::{Rights, rights::KeyRange};
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Notify;
 use tonic::{Request, Status};
+
+use crate::store::Route;
 
 use super::{
     Context,
@@ -45,6 +50,8 @@ pub(crate) struct Peer {
     /// What it shares with the client's other connections.
     shares: Arc<Shares>,
     pub(super) lists: Mutex<Lists>,
+    /// Histories that it has listed, where it may mistake them for earlier ones: their epochs.
+    listed: Mutex<BTreeMap<Route, i64>>,
     pub(super) account: Arc<Account>,
     /// As it was shown, leaf first.
     pub(super) chain: Vec<CertificateDer<'static>>,
@@ -69,6 +76,7 @@ impl Peer {
             watches: AtomicUsize::new(0),
             shares,
             lists: Mutex::default(),
+            listed: Mutex::default(),
             account: Arc::new(account),
             chain,
             heard: AtomicU32::new(0),
@@ -86,6 +94,18 @@ impl Peer {
 
     pub(crate) fn may_read(&self, range: &KeyRange) -> bool {
         self.rights.as_ref().is_some_and(|rights| rights.covers(range))
+    }
+
+    /// It has listed the history of this epoch.
+    pub(super) fn has_listed(&self, route: &Route, epoch: i64) {
+        let mut listed = self.listed.lock().unwrap_or_else(PoisonError::into_inner);
+        listed.insert(route.clone(), epoch);
+    }
+
+    /// Whether it knows the history of this epoch.
+    pub(super) fn knows(&self, route: &Route, epoch: i64) -> bool {
+        let listed = self.listed.lock().unwrap_or_else(PoisonError::into_inner);
+        listed.get(route) == Some(&epoch)
     }
 
     /// A watch of it has ended, or several.

@@ -251,7 +251,23 @@ impl WatchStream {
             created: true,
             ..Default::default()
         }));
+        if !of_locks && create.start_revision > 0 {
+            self.end_mistaken(id, &route, create.start_revision);
+        }
         Ok(())
+    }
+
+    /// Ends a new watch whose start may be meant in an earlier history of its source, for a client that no ID tells of another
+    /// one. After a list over the same connection, it is not.
+    fn end_mistaken(&mut self, id: i64, route: &Route, start: i64) {
+        let found = self.context.shared.read(|store| {
+            let (epoch, outlived) = store.mistakable(route)?;
+            let mistaken = start <= outlived + 1 && !self.peer.knows(route, epoch);
+            mistaken.then(|| store.header(route))
+        });
+        if let (Face::One, Some(header)) = (self.face, found) {
+            self.end(id, header, header.revision.max(1));
+        }
     }
 
     /// IDs are never used twice in a stream, also not after a cancel.

@@ -18,7 +18,7 @@ pub enum SubId {
 }
 
 /// Which view serves a range.
-#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub enum Route {
     /// One sub-store, in its own revisions.
     Sub(SubId),

@@ -80,6 +80,8 @@ pub(super) struct SubStore {
     pub(super) listed: bool,
     /// Merged revision at which this history began; a watch of an earlier one ends.
     pub(super) epoch: i64,
+    /// Highest revision of the histories before this one; 0 if this is the first.
+    pub(super) outlived: i64,
     pub(super) content: Content,
     pub(super) history: History,
 }
@@ -92,6 +94,7 @@ impl SubStore {
             revision: 1,
             listed: false,
             epoch,
+            outlived: 0,
             content: Content::default(),
             history: History::new(1),
         }
@@ -143,6 +146,9 @@ impl SubStore {
         let reused = self.listed && (self.source_id == source_id || self.cluster_id == source_id);
         self.cluster_id = if reused { spare_id } else { source_id };
         self.source_id = source_id;
+        if self.listed {
+            self.outlived = self.outlived.max(self.revision);
+        }
         self.revision = revision;
         self.epoch = epoch;
         self.history = History::new(revision);

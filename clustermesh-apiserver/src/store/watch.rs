@@ -180,6 +180,16 @@ impl Store {
         (listed && cursor.next > header.revision + 1).then_some(header)
     }
 
+    /// The history of a mirrored kind whose revisions an earlier one had before it, so that a reader who is not told histories
+    /// apart by an ID may mistake them: its epoch, and the revision up to which that is so.
+    pub fn mistakable(&self, route: &Route) -> Option<(i64, i64)> {
+        let Route::Sub(id @ SubId::Remote(..)) = route else {
+            return None;
+        };
+        let sub = self.subs.get(id).filter(|sub| sub.outlived > 0)?;
+        Some((sub.epoch, sub.outlived))
+    }
+
     /// The header of a progress notification, if the watch has seen everything and the reader does not know yet how far
     /// that is. Call it only when [`next`](Self::next) had nothing to say.
     pub fn progress(&self, cursor: &mut Cursor, always: bool) -> Option<ResponseHeader> {

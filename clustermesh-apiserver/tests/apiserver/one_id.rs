@@ -331,6 +331,19 @@ async fn a_client_that_pins_an_id_reads_a_mirror_over_restarts_and_other_histori
     replica.stop().await;
 
     // The remote cluster's etcd begins anew, at low revisions and with other content.
+    let first = b.etcd.client().await.unwrap();
+    let padding = async |mut client: etcd_client::Client, count: usize| {
+        let mut revision = 0;
+        for _ in 0..count {
+            let put = client.put("cilium/state/padding", "", None).await.unwrap();
+            revision = put.header().unwrap().revision();
+        }
+        revision
+    };
+    let old = padding(first, 300).await;
+    b.put_node("o1");
+    b.writer().flush().await;
+    mirror.equals(&a, &b, &pki).await;
     let listings = mirror.nodes("b").listings();
     b.etcd.restart_empty().await;
     b.publisher = crate::lab::Publisher::start(&b.etcd);
@@ -350,4 +363,30 @@ async fn a_client_that_pins_an_id_reads_a_mirror_over_restarts_and_other_histori
             .contains_key(format!("cilium/cache/nodes/v1/b/{name}").as_bytes())
     };
     assert!(has("n1") && has("n9") && !has("n3"));
+
+    // The new history passes the old revisions. Who comes with one of those over another connection is told to list, though the
+    // revision exists; and who has listed is believed.
+    padding(b.etcd.client().await.unwrap(), 400).await;
+    b.put_node("n10");
+    b.writer().flush().await;
+    mirror.equals(&a, &b, &pki).await;
+    let late = Agent {
+        channel: channel(&pki, a.address(), "local-a").await,
+        pin: mirror.agent.pin.clone(),
+    };
+    let prefix = "cilium/cache/nodes/v1/b/";
+    let content = std::sync::Mutex::new((BTreeMap::new(), 0));
+    let soon = std::time::Duration::from_secs(60);
+    let resumed = tokio::time::timeout(soon, late.watch(prefix, &mut (old - 20), &content)).await;
+    assert_eq!(
+        resumed.ok(),
+        Some(false),
+        "a start in another history ends as compacted"
+    );
+    let (all, revision) = late.list(prefix).await.unwrap();
+    let content = std::sync::Mutex::new((all, 1));
+    let mut next = revision + 1;
+    let moment = std::time::Duration::from_millis(200);
+    let watching = tokio::time::timeout(moment, late.watch(prefix, &mut next, &content)).await;
+    assert!(watching.is_err(), "a watch right after a list goes on");
 }
