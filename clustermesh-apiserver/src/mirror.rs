@@ -368,7 +368,7 @@ impl Task {
         ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let stop = self.shutdown.child_token();
-            let etcd = config.borrow_and_update().etcd.clone();
+            let mut etcd = config.borrow_and_update().etcd.clone();
             let mut follow = follow(
                 etcd.clone(),
                 self.connection.clone(),
@@ -390,7 +390,8 @@ impl Task {
                             let changes = self.with(|remote, store, _| remote.set_grants(store, file.grants, now_ms()));
                             if file.etcd != etcd {
                                 self.with(|remote, store, _| remote.on_reconfigured(store, now_ms()));
-                                break;
+                                follow.set_upstream(file.etcd.clone());
+                                etcd = file.etcd;
                             }
                             changes
                         }

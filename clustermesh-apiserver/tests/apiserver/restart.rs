@@ -70,6 +70,8 @@ async fn a_restarted_server_leads_its_readers_on_and_nobody_lists() {
         (0..300).for_each(|number| cluster.put_node(&format!("m{number}")));
         cluster.writer().flush().await;
     }
+    b.until(&pki, "a", "ready", |status| status.ready && status.connected)
+        .await;
     exact(&b, &a, &pki, &Kind::ALL).await;
     let feeds = vec![Feed::prefix(OWN, 1 << 20), Feed::prefix(REMOTE, 1 << 20)];
     let view = View::open(pki.config(a.address(), "local-a"), feeds);

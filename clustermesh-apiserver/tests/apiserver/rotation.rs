@@ -176,9 +176,30 @@ async fn an_upstream_whose_address_moves_a_hundred_times_withdraws_nothing() {
             }
         }
     }
+    // And the file names another address.
+    moved.cancel();
+    crate::clusters::write_file(files.path(), "b", &pki.yaml(b.address(), "remote-a"));
+    b.put_node("elsewhere");
+    mirrored
+        .until("what happened since", |view| {
+            view.value(&format!("{REMOTE}elsewhere")).is_some()
+        })
+        .await;
+    let at = addresses[0];
+    lead(
+        at,
+        b.address(),
+        usize::MAX,
+        accepted.clone(),
+        CancellationToken::new(),
+    )
+    .await;
+    direct
+        .until("what happened since", |view| view.keys.len() == 303)
+        .await;
     for (view, lists) in [&direct, &mirrored].into_iter().zip(lists) {
         let now = view.now();
-        assert_eq!(now.keys.len(), 302);
+        assert_eq!(now.keys.len(), 303);
         assert_eq!(now.deleted, Vec::<bytes::Bytes>::new(), "nothing is withdrawn");
         assert_eq!(now.listings, lists, "nobody lists again");
     }

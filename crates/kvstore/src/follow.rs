@@ -9,6 +9,7 @@
 
 mod calls;
 mod session;
+mod stream;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -125,6 +126,19 @@ pub struct Follow {
     pub feeds: Feeds,
     /// What the upstream told.
     pub updates: mpsc::Receiver<Update>,
+    upstream: watch::Sender<EtcdConfig>,
+}
+
+impl Follow {
+    /// Goes on at another address of the same store, or with other certificates. What is known stays, and is resumed there; if it
+    /// is another store after all, that is noticed, and listed.
+    pub fn set_upstream(&self, config: EtcdConfig) {
+        self.upstream.send_if_modified(|before| {
+            let changed = *before != config;
+            *before = config;
+            changed
+        });
+    }
 }
 
 /// Starts to follow `feeds`.
@@ -147,6 +161,7 @@ pub(crate) fn follow_in(
 ) -> Follow {
     let feeds = feeds.into_iter().map(|feed| (feed.name.clone(), feed)).collect();
     let (feeds, wanted) = watch::channel(feeds);
+    let (upstream, config) = watch::channel(config);
     let (sink, updates) = mpsc::channel(options.queue_len_max.max(1));
     tokio::spawn(async move {
         tokio::select! {
@@ -157,6 +172,7 @@ pub(crate) fn follow_in(
     Follow {
         feeds: Feeds(Arc::new(feeds)),
         updates,
+        upstream,
     }
 }
 
@@ -175,7 +191,7 @@ struct Followed {
 
 async fn run(
     owner: Owner,
-    config: EtcdConfig,
+    mut upstream: watch::Receiver<EtcdConfig>,
     options: Options,
     mut wanted: watch::Receiver<BTreeMap<Arc<str>, Feed>>,
     sink: mpsc::Sender<Update>,
@@ -190,11 +206,16 @@ async fn run(
                 () = sink.closed() => return,
             }
         }
-        let error = match Client::connect_to(owner, &config, &options).await {
+        let config = upstream.borrow_and_update().clone();
+        let connected = tokio::select! {
+            connected = Client::connect_to(owner, &config, &options) => connected,
+            Ok(()) = upstream.changed() => continue,
+        };
+        let error = match connected {
             Err(error) => chain(&error),
             Ok(client) => {
                 let mut session = Session::new(client, &options, &mut followed, &mut tokens, &sink);
-                let end = session.run(&mut wanted).await;
+                let end = session.run(&mut wanted, &mut upstream).await;
                 if session.answered() {
                     backoff.reset();
                 }
@@ -218,6 +239,7 @@ async fn run(
         }
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
+            Ok(()) = upstream.changed() => backoff.reset(),
             () = sink.closed() => return,
         }
     }

@@ -18,14 +18,15 @@ use tokio::{
     sync::{mpsc, watch},
     time::Instant,
 };
-use tonic::{Status, Streaming};
 
 use super::{
     Followed, Update,
-    calls::{Answer, Asked, Call, answer, concerns_feed_only},
+    calls::{Answer, Asked, Call, answer, concerns_feed_only, next_page_len},
+    stream::{Stream, StreamEvent},
 };
 use crate::{
     client::{CallError, Client, header},
+    config::EtcdConfig,
     connect::Options,
     follower::{Effect, Feed, Follower, Input},
 };
@@ -46,30 +47,6 @@ pub(super) enum End {
 }
 
 type Answers = FuturesUnordered<BoxFuture<'static, (Asked, Result<Answer, CallError>)>>;
-type Opening = BoxFuture<'static, Result<Streaming<WatchResponse>, CallError>>;
-
-/// The watch stream.
-enum Stream {
-    /// Nothing was watched yet. (etcd answers the stream's opening with its first message only.)
-    None,
-    Opening(Opening),
-    Open(Box<Streaming<WatchResponse>>),
-}
-
-impl Stream {
-    async fn next(&mut self) -> StreamEvent {
-        match self {
-            Self::None => std::future::pending().await,
-            Self::Opening(opening) => StreamEvent::Opened(opening.await),
-            Self::Open(stream) => StreamEvent::Message(stream.message().await),
-        }
-    }
-}
-
-enum StreamEvent {
-    Opened(Result<Streaming<WatchResponse>, CallError>),
-    Message(Result<Option<WatchResponse>, Status>),
-}
 
 /// A watch that is to be made.
 struct Create {
@@ -127,7 +104,12 @@ impl<'a> Session<'a> {
         self.answered
     }
 
-    pub(super) async fn run(&mut self, wanted: &mut watch::Receiver<BTreeMap<Arc<str>, Feed>>) -> End {
+    /// Runs until the connection is lost, or `upstream` names another one to make.
+    pub(super) async fn run(
+        &mut self,
+        wanted: &mut watch::Receiver<BTreeMap<Arc<str>, Feed>>,
+        upstream: &mut watch::Receiver<EtcdConfig>,
+    ) -> End {
         let mut feeds_open = true;
         let result = async {
             let names: Vec<Arc<str>> = self.followed.keys().cloned().collect();
@@ -140,6 +122,10 @@ impl<'a> Session<'a> {
                 tokio::select! {
                     // In this order: an answer that has come is no overdue one, also if we were busy meanwhile.
                     biased;
+                    // Not around this loop: what a follower was given must reach the consumer.
+                    Ok(()) = upstream.changed() => {
+                        return Err(End::Lost("its configuration was changed".to_owned()));
+                    }
                     changed = wanted.changed(), if feeds_open => {
                         feeds_open = changed.is_ok();
                         let feeds = wanted.borrow_and_update().clone();
@@ -340,8 +326,21 @@ impl<'a> Session<'a> {
         }
         let error = match result {
             Ok(answer) => {
-                if let (Answer::Page(_, page), Call::List { revision: 0, .. }) = (&answer, &asked.call) {
-                    followed.expected = u64::try_from(page.count).unwrap_or(0);
+                if let (
+                    Answer::Page(_, page),
+                    Call::List {
+                        revision, page_len, ..
+                    },
+                ) = (&answer, &asked.call)
+                {
+                    if *revision == 0 {
+                        followed.expected = u64::try_from(page.count).unwrap_or(0);
+                    }
+                    let (keys, bytes) = (
+                        page.kvs.len(),
+                        page.kvs.iter().map(|kv| kv.key.len() + kv.value.len()).sum(),
+                    );
+                    followed.page_len = next_page_len(*page_len, self.options.page_len.max(1), keys, bytes);
                 }
                 self.on_first_answer().await?;
                 let input = match answer {
