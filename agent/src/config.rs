@@ -131,6 +131,15 @@ pub struct Args {
         default_value = "30s"
     )]
     conntrack_gc_interval: String,
+    /// Time within which the backends of a remote cluster leave rotation when its nodes no longer answer; they stay as the last
+    /// resort.
+    #[arg(
+        long,
+        env = "ISTHMUS_CLUSTERMESH_UNREACHABLE_AFTER",
+        value_name = "DURATION",
+        default_value = "3s"
+    )]
+    clustermesh_unreachable_after: String,
     /// How long readiness waits for remote clusters that are connected and not synced yet.
     #[arg(
         long,
@@ -210,6 +219,8 @@ pub struct Config {
     pub no_backend_answer: bool,
     /// Time between two sweeps of the conntrack table.
     pub conntrack_gc_interval: Duration,
+    /// Time within which an unreachable cluster's backends leave rotation.
+    pub unreachable_after: Duration,
     /// Bound on waiting for remote clusters before readiness.
     pub sync_timeout: Duration,
     /// Admin endpoint.
@@ -316,6 +327,15 @@ impl Args {
                 format!("it takes one of {TABLE_SIZES:?}"),
             ));
         }
+        let unreachable_after = parse_duration(&self.clustermesh_unreachable_after)
+            .filter(|time| (Duration::from_secs(1)..=Duration::from_secs(3600)).contains(time))
+            .ok_or_else(|| {
+                FlagError::new(
+                    "clustermesh-unreachable-after",
+                    &self.clustermesh_unreachable_after,
+                    "it takes a time from 1s to 1h",
+                )
+            })?;
         let sync_timeout = parse_duration(&self.clustermesh_sync_timeout).ok_or_else(|| {
             FlagError::new(
                 "clustermesh-sync-timeout",
@@ -337,6 +357,7 @@ impl Args {
             socket_lb: self.bpf_lb_sock,
             no_backend_answer,
             conntrack_gc_interval,
+            unreachable_after,
             sync_timeout,
             admin_listen: self.admin_listen,
         })))
@@ -424,6 +445,7 @@ mod tests {
             ("node-name", "a/b"),
             ("mtu", "100"),
             ("tunnel-port", "0"),
+            ("clustermesh-unreachable-after", "500ms"),
             ("bpf-lb-algorithm", "rr"),
             ("bpf-lb-maglev-table-size", "16384"),
             ("bpf-lb-maglev-hash-seed", "c2hvcnQ="),

@@ -149,11 +149,21 @@ impl Counters {
                     .set(remote.services().try_into().unwrap_or(i64::MAX));
             }
         }
+        for (cluster, judgement) in &facts.reach {
+            let label = ClusterLabel {
+                target_cluster: cluster.to_string(),
+            };
+            metrics
+                .remote_cluster_reachability
+                .get_or_create(&label)
+                .set(judgement.verdict as i64);
+        }
         for gone in self.clusters.difference(&seen) {
             let label = ClusterLabel {
                 target_cluster: gone.clone(),
             };
             metrics.remote_cluster_readiness.remove(&label);
+            metrics.remote_cluster_reachability.remove(&label);
             metrics.remote_cluster_nodes.remove(&label);
             metrics.remote_cluster_last_failure_ts.remove(&label);
             metrics.remote_cluster_failures.remove(&label);

@@ -40,6 +40,7 @@ use anyhow::Context;
 use isthmus_bpf_abi::feature;
 use isthmus_datapath::{Datapath, DatapathConfig, teardown};
 use isthmus_kvstore::{EtcdConfig, Options, follow};
+use isthmus_mesh::{Reach, reach::ReachConfig};
 use isthmus_proto::agent::{cni_server::CniServer, local_server::LocalServer};
 use isthmus_runtime::{CancellationToken, Health, Metrics, admin, command_line::FlagError};
 use tokio::sync::{mpsc, watch};
@@ -87,6 +88,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let (cidrs_in, cidrs_out) = watch::channel(Arc::default());
     let (targets_in, targets_out) = watch::channel(Default::default());
     let (verdicts_in, verdicts_out) = watch::channel(Arc::from([]));
+    let (clusters_in, clusters_out) = watch::channel(Arc::from([]));
     let (network_in, network_out) = watch::channel(Network::NotReady("the agent starts".to_owned()));
     let (pods_in, pods_out) = watch::channel(Err("the agent starts".to_owned()));
     let (calls_in, calls_out) = mpsc::channel(keeper::REQUESTS_MAX);
@@ -146,6 +148,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         remotes_passed: false,
         fresh,
         compare_error: None,
+        reach: vec![],
     };
 
     let following = follow(etcd.clone(), Options::default(), [], shutdown.clone());
@@ -174,9 +177,18 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
             network: network_out.clone(),
             targets: targets_out,
         };
+        let settings = prober::Settings {
+            port,
+            own: config.cluster.clone(),
+            leave_after: config.unreachable_after,
+        };
+        let outputs = prober::Outputs {
+            verdicts: verdicts_in,
+            clusters: clusters_in,
+        };
         let (datapath, shutdown) = (Arc::clone(&datapath), shutdown.clone());
         tasks.spawn(async move {
-            prober::run(datapath, port, started, inputs, verdicts_in, shutdown).await;
+            prober::run(datapath, settings, started, inputs, outputs, shutdown).await;
             Ok(())
         });
     } else {
@@ -184,7 +196,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         let shutdown = shutdown.clone();
         tasks.spawn(async move {
             shutdown.cancelled().await;
-            drop((verdicts_in, targets_out));
+            drop((verdicts_in, clusters_in, targets_out));
             Ok(())
         });
     }
@@ -208,6 +220,14 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
             shutdown.clone().cancelled_owned(),
         );
     tasks.spawn(async move { server.await.context("the local API failed") });
+    let reach = Reach::new(
+        ReachConfig {
+            leave_after: config.unreachable_after,
+            ..ReachConfig::default()
+        },
+        // Jitter that differs by node.
+        std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), &config.node_name),
+    );
     let rounds = Rounds::new(
         facts,
         datapath,
@@ -220,6 +240,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
             health,
             metrics,
         },
+        reach,
         started,
     );
     let inputs = rounds::Inputs {
@@ -228,6 +249,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         questions,
         network: network_out,
         verdicts: verdicts_out,
+        clusters: clusters_out,
     };
     tasks.spawn(rounds.run(inputs, shutdown.clone()));
     let result = supervise(tasks, &shutdown).await;

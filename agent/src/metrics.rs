@@ -110,6 +110,8 @@ pub struct AgentMetrics {
     pub remote_clusters: Gauge,
     /// Whether each remote cluster is ready and applied here.
     pub remote_cluster_readiness: Family<ClusterLabel, Gauge>,
+    /// 0 if a remote cluster can be reached, 1 if it is suspect, 2 if not: its backends are a last resort then.
+    pub remote_cluster_reachability: Family<ClusterLabel, Gauge>,
     /// Unix seconds of each remote cluster's last failure.
     pub remote_cluster_last_failure_ts: Family<ClusterLabel, Gauge>,
     /// Failures of each remote cluster's connection.
@@ -207,6 +209,11 @@ impl AgentMetrics {
             remote_cluster_readiness: metrics.register(
                 "clustermesh_remote_cluster_readiness_status",
                 "Whether a remote cluster is connected, read in full and applied to this node's datapath",
+                Family::default(),
+            ),
+            remote_cluster_reachability: metrics.register(
+                "clustermesh_remote_cluster_reachability",
+                "Verdict on a remote cluster: 0 reachable, 1 suspect, 2 unreachable (its backends are a last resort)",
                 Family::default(),
             ),
             remote_cluster_last_failure_ts: metrics.register(

@@ -10,6 +10,7 @@
 //! Invariants: a node is unreachable after [`MISSES_MAX`] probes in a row without an answer, and reachable again at the
 //! first answer; at most [`SENDS_PER_TICK_MAX`] probes leave in one tick, whatever the number of nodes.
 
+pub mod sentinels;
 pub mod udp;
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
@@ -208,7 +209,7 @@ impl Prober {
 }
 
 /// splitmix64: a permutation of all 64-bit numbers after the addition, so nonces do not repeat soon.
-fn mix(state: u64) -> u64 {
+const fn mix(state: u64) -> u64 {
     let mut value = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

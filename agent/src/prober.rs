@@ -1,9 +1,10 @@
 //! Runs the probes of [`probe`](crate::probe): sockets, time, and a look into the ipcache when a node does not answer.
 //!
-//! In: whom to probe, this node's router addresses. Out: [`Verdicts`], whenever they changed, at most once a second.
+//! In: whom to probe, this node's router addresses. Out: [`Verdicts`] of nodes, whenever they changed, at most once a second;
+//! [`ClusterData`] of remote clusters, more often while one is silent.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
@@ -11,8 +12,8 @@ use std::{
 
 use isthmus_bpf_abi::IpcacheKey;
 use isthmus_datapath::Datapath;
-use isthmus_mesh::{to_address, to_ip};
-use isthmus_model::{ClusterId, ClusterName};
+use isthmus_mesh::{reach::Data, to_address, to_ip};
+use isthmus_model::ClusterName;
 use isthmus_runtime::CancellationToken;
 use tokio::sync::watch;
 
@@ -21,15 +22,17 @@ use crate::{
     node::LocalNode,
     probe::{
         NodeKey, Prober, Verdict,
+        sentinels::Sentinels,
         udp::{Answer, ProbeSockets},
     },
-    state::State,
 };
 
 /// Router address and tunnel endpoint of each other node.
 pub type ProbeTargets = BTreeMap<NodeKey, (IpAddr, Option<IpAddr>)>;
 /// What is known of each.
 pub type Verdicts = Arc<[(NodeKey, Verdict)]>;
+/// What is known of each remote cluster.
+pub type ClusterData = Arc<[(ClusterName, Data)]>;
 
 /// What the task watches.
 #[derive(Debug)]
@@ -42,44 +45,45 @@ pub struct Inputs {
     pub targets: watch::Receiver<ProbeTargets>,
 }
 
-/// Clusters of which no node answers, although they run agents that would: those backends are a last resort.
-///
-/// A cluster that never announced Isthmus' form and of which no node ever answered may not know our probes; nothing
-/// follows from its silence.
-pub fn unhealthy_clusters(state: &State, verdicts: &[(NodeKey, Verdict)]) -> BTreeSet<ClusterId> {
-    let mut nodes: BTreeMap<&ClusterName, Vec<&Verdict>> = BTreeMap::new();
-    for (key, verdict) in verdicts {
-        nodes.entry(&key.cluster).or_default().push(verdict);
-    }
-    let silent = |cluster: &crate::state::ClusterView| {
-        let Some(verdicts) = nodes.get(&cluster.name) else {
-            return false;
-        };
-        let knows = cluster.slices || verdicts.iter().any(|verdict| verdict.last_success.is_some());
-        knows && verdicts.iter().all(|verdict| verdict.is_unreachable())
-    };
-    state
-        .clusters()
-        .filter(|cluster| !cluster.own && silent(cluster))
-        .map(|cluster| cluster.id)
-        .collect()
+/// Who hears of what was found.
+#[derive(Debug)]
+pub struct Outputs {
+    /// Of each node.
+    pub verdicts: watch::Sender<Verdicts>,
+    /// Of each remote cluster.
+    pub clusters: watch::Sender<ClusterData>,
+}
+
+/// What does not change.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Port of probes.
+    pub port: u16,
+    /// The own cluster: it is not watched as a whole.
+    pub own: ClusterName,
+    /// Within this time a silent cluster must be known to be so.
+    pub leave_after: Duration,
 }
 
 /// Works until `shutdown`. `started` is what times in verdicts count from.
 pub async fn run(
     datapath: Arc<Datapath>,
-    port: u16,
+    settings: Settings,
     started: Instant,
     mut inputs: Inputs,
-    verdicts: watch::Sender<Verdicts>,
+    outputs: Outputs,
     shutdown: CancellationToken,
 ) {
     // Seeded from the system's randomness through the standard library's hasher keys.
     let seed = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), started);
+    let port = settings.port;
     let mut prober = Prober::new(seed);
+    let mut sentinels = Sentinels::new(settings.leave_after, seed);
     let mut sockets: Vec<(IpAddr, ProbeSockets)> = vec![];
     let mut second = tokio::time::interval(Duration::from_secs(1));
     second.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut often = tokio::time::interval(sentinels.tick_every());
+    often.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return,
@@ -90,28 +94,73 @@ pub async fn run(
                 let now = started.elapsed();
                 if !sockets.is_empty() {
                     prober.set_targets(now, &addresses);
+                    let mut remote = addresses;
+                    remote.retain(|node, _| node.cluster != settings.own);
+                    sentinels.set_targets(&remote);
                     send(&mut prober, &sockets, port, now);
                     explain(&mut prober, &datapath, &targets);
                 }
+                tell(&prober, &outputs.verdicts);
+                tell_clusters(&sentinels, &outputs.clusters, true);
+            }
+            _ = often.tick() => {
+                if !sockets.is_empty() {
+                    watch_clusters(&mut sentinels, &sockets, port, started.elapsed());
+                    tell_clusters(&sentinels, &outputs.clusters, false);
+                }
             }
             answer = next_answer(&sockets) => {
-                let node = prober.on_answer(started.elapsed(), answer.from, answer.nonce);
-                if node.is_none() {
+                // Told with the next tick: an answer a node and interval need not wake everyone.
+                let now = started.elapsed();
+                if prober.on_answer(now, answer.from, answer.nonce).is_none()
+                    && !sentinels.on_answer(now, answer.from, answer.nonce)
+                {
                     tracing::trace!(from = %answer.from, "probe answered late, or by a stranger");
                 }
-                // Told with the next tick: an answer a node and interval need not wake everyone.
-                continue;
             }
         }
-        let now: Verdicts = prober
-            .verdicts()
-            .map(|(key, verdict)| (key.clone(), verdict.clone()))
-            .collect();
-        verdicts.send_if_modified(|before| {
-            let changed = **before != *now;
+    }
+}
+
+fn tell(prober: &Prober, verdicts: &watch::Sender<Verdicts>) {
+    let now: Verdicts = prober
+        .verdicts()
+        .map(|(key, verdict)| (key.clone(), verdict.clone()))
+        .collect();
+    verdicts.send_if_modified(|before| {
+        let changed = **before != *now;
+        *before = now;
+        changed
+    });
+}
+
+/// Tells of clusters: once a second, and at once when probes go unanswered or are answered again.
+fn tell_clusters(sentinels: &Sentinels, clusters: &watch::Sender<ClusterData>, all: bool) {
+    let now: ClusterData = sentinels
+        .data()
+        .map(|(name, data)| (name.clone(), *data))
+        .collect();
+    clusters.send_if_modified(|before| {
+        let unanswered =
+            |data: &ClusterData| data.iter().map(|(_, data)| data.unanswered).collect::<Vec<_>>();
+        let changed = (all && **before != *now) || unanswered(before) != unanswered(&now);
+        if changed {
             *before = now;
-            changed
-        });
+        }
+        changed
+    });
+}
+
+/// One that cannot be sent goes unanswered: the way is gone.
+fn watch_clusters(sentinels: &mut Sentinels, sockets: &[(IpAddr, ProbeSockets)], port: u16, now: Duration) {
+    for probe in sentinels.tick(now) {
+        let socket = sockets
+            .iter()
+            .find(|(ip, _)| ip.is_ipv4() == probe.address.is_ipv4());
+        let sent = socket.map(|(_, socket)| socket.ask(SocketAddr::new(probe.address, port), probe.nonce));
+        if let Some(Err(error)) = sent {
+            tracing::trace!(node = probe.node.node, cluster = %probe.node.cluster, %error, "cannot send a probe");
+        }
     }
 }
 

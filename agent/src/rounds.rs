@@ -26,8 +26,7 @@ use std::{
 use isthmus_bpf_abi::EndpointKey;
 use isthmus_datapath::{ApplyReport, Datapath, MapError, OpError};
 use isthmus_kvstore::{Feed, Feeds, Update};
-use isthmus_mesh::{MapOp, Reconciler, op::Object, reconcile::RetryConfig};
-use isthmus_model::ClusterId;
+use isthmus_mesh::{MapOp, Reach, Reconciler, op::Object, reconcile::RetryConfig};
 use isthmus_runtime::{CancellationToken, Health};
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -41,7 +40,7 @@ use crate::{
     metrics::{AgentMetrics, MapOpLabels},
     network::RemoteCidrs,
     node::LocalNode,
-    prober::{ProbeTargets, Verdicts},
+    prober::{ClusterData, ProbeTargets, Verdicts},
     state::{Event, FeedChange, MapDump},
     status::{self, Facts},
 };
@@ -95,8 +94,10 @@ pub struct Inputs {
     pub questions: mpsc::Receiver<Question>,
     /// Devices and routes.
     pub network: watch::Receiver<Network>,
-    /// Probes.
+    /// Probes of nodes.
     pub verdicts: watch::Receiver<Verdicts>,
+    /// Probes of remote clusters.
+    pub clusters: watch::Receiver<ClusterData>,
 }
 
 /// Who hears from the loop.
@@ -143,14 +144,21 @@ pub struct Rounds {
     waiting: Vec<(u64, oneshot::Sender<()>)>,
     endpoints_dirty: bool,
     failed_endpoints: BTreeSet<EndpointKey>,
-    unhealthy: BTreeSet<ClusterId>,
+    reach: Reach,
+    clusters: ClusterData,
     counters: crate::housekeeping::Counters,
     retried_at: Duration,
 }
 
 impl Rounds {
     /// Begins with what the maps hold.
-    pub fn new(facts: Facts, datapath: Arc<Datapath>, outputs: Outputs, started: Instant) -> Self {
+    pub fn new(
+        facts: Facts,
+        datapath: Arc<Datapath>,
+        outputs: Outputs,
+        reach: Reach,
+        started: Instant,
+    ) -> Self {
         Self {
             facts,
             datapath,
@@ -173,7 +181,8 @@ impl Rounds {
             waiting: vec![],
             endpoints_dirty: false,
             failed_endpoints: BTreeSet::new(),
-            unhealthy: BTreeSet::new(),
+            reach,
+            clusters: Arc::from([]),
             counters: Default::default(),
             retried_at: Duration::ZERO,
         }
@@ -222,7 +231,12 @@ impl Rounds {
                 changed = inputs.verdicts.changed() => {
                     if changed.is_err() { break }
                     let verdicts = inputs.verdicts.borrow_and_update().clone();
-                    self.on_verdicts(verdicts);
+                    self.on_verdicts(&verdicts);
+                }
+                changed = inputs.clusters.changed() => {
+                    if changed.is_err() { break }
+                    self.clusters = inputs.clusters.borrow_and_update().clone();
+                    self.judge();
                 }
                 _ = second.tick() => self.every_second(),
                 () = tokio::time::sleep_until(wake), if self.batch.is_none() && self.compare.is_none() => {}
@@ -411,6 +425,7 @@ impl Rounds {
         if status::remotes_pass(&self.facts, now) {
             self.facts.remotes_passed = true;
         }
+        self.judge();
         let before = self.facts.state.has_changes();
         self.facts.state.advance(now);
         if !before && self.facts.state.has_changes() {

@@ -9,7 +9,11 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use isthmus_mesh::reconcile::Progress;
+use isthmus_mesh::{
+    reach::{Judgement, Verdict as Reached},
+    reconcile::Progress,
+};
+use isthmus_model::ClusterName;
 use isthmus_runtime::State as Health;
 
 use crate::{
@@ -65,6 +69,8 @@ pub struct Facts {
     pub fresh: bool,
     /// Full passes that failed since the last one that did not, and why.
     pub compare_error: Option<String>,
+    /// Which remote clusters can be reached.
+    pub reach: Vec<(ClusterName, Judgement)>,
 }
 
 /// One subsystem.
@@ -113,6 +119,13 @@ pub fn subsystems(facts: &Facts, now: Duration) -> Vec<Subsystem> {
             age: None,
         },
     ];
+    if !facts.reach.is_empty() {
+        all.push(Subsystem {
+            name: "reachability",
+            health: reachability(&facts.reach, now),
+            age: None,
+        });
+    }
     if let Some(probes) = &facts.probes {
         let oldest = probes
             .iter()
@@ -351,6 +364,27 @@ fn datapath(facts: &Facts) -> Health {
     }
 }
 
+fn reachability(reach: &[(ClusterName, Judgement)], now: Duration) -> Health {
+    let bad: Vec<String> = reach
+        .iter()
+        .filter(|(_, judgement)| judgement.verdict != Reached::Reachable)
+        .map(|(cluster, judgement)| {
+            let since = seconds(now.saturating_sub(judgement.since));
+            format!(
+                "{cluster} {} for {since}: {}",
+                judgement.verdict.as_str(),
+                judgement.reason
+            )
+        })
+        .collect();
+    let text = format!(
+        "{}/{} remote clusters reachable",
+        reach.len() - bad.len(),
+        reach.len()
+    );
+    ok_unless(text, &bad)
+}
+
 fn probe(probes: &[(NodeKey, Verdict)], now: Duration) -> Health {
     let bad: Vec<String> = probes
         .iter()
@@ -425,7 +459,41 @@ mod tests {
             remotes_passed: false,
             fresh: true,
             compare_error: None,
+            reach: vec![],
         }
+    }
+
+    #[test]
+    fn a_cluster_that_cannot_be_reached_is_named_with_reason_and_age() {
+        let mut facts = facts();
+        let judged = |verdict, reason| Judgement {
+            verdict,
+            reason,
+            since: Duration::from_secs(5),
+        };
+        let name = |name: &str| ClusterName::new(name).unwrap();
+        facts.reach = vec![
+            (
+                name("c2"),
+                judged(Reached::Reachable, isthmus_mesh::reach::Reason::Well),
+            ),
+            (
+                name("c3"),
+                judged(Reached::Unreachable, isthmus_mesh::reach::Reason::Both),
+            ),
+        ];
+        let all = subsystems(&facts, Duration::from_secs(9));
+        let found = all
+            .iter()
+            .find(|subsystem| subsystem.name == "reachability")
+            .unwrap();
+        assert_eq!(
+            found.health,
+            Health::Degraded(
+                "1/2 remote clusters reachable; c3 unreachable for 4.0 s: no node answers probes, and its state may be old"
+                    .to_owned()
+            )
+        );
     }
 
     #[test]

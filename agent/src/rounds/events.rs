@@ -1,9 +1,9 @@
 //! What the upstream and the prober said, into the state; and what others wait for, out of it.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use isthmus_kvstore::{Change, Update};
-use isthmus_model::ClusterId;
+use isthmus_mesh::reach::Control;
 
 use super::Rounds;
 use crate::{
@@ -138,19 +138,44 @@ impl Rounds {
         });
     }
 
-    pub(super) fn on_verdicts(&mut self, verdicts: Verdicts) {
-        let unhealthy = crate::prober::unhealthy_clusters(&self.facts.state, &verdicts);
-        let changed: Vec<ClusterId> = unhealthy.symmetric_difference(&self.unhealthy).copied().collect();
-        for id in changed {
-            let healthy = !unhealthy.contains(&id);
-            if healthy {
-                tracing::info!(cluster_id = %id, "nodes of a remote cluster answer probes again");
-            } else {
-                tracing::warn!(cluster_id = %id, "no node of a remote cluster answers probes; its backends are a last resort now");
-            }
-            self.on(Event::ClusterHealth(id, healthy));
-        }
-        self.unhealthy = unhealthy;
+    pub(super) fn on_verdicts(&mut self, verdicts: &Verdicts) {
         self.facts.probes = Some(verdicts.to_vec());
+    }
+
+    /// Judges which remote clusters can be reached, by what is known now.
+    pub(super) fn judge(&mut self) {
+        let now = self.now();
+        let upstream = self.facts.upstream.connected;
+        let remotes = self.facts.state.remotes();
+        let mut present = BTreeMap::new();
+        let mut changes = vec![];
+        for remote in &remotes {
+            let Some(cluster) = &remote.cluster else { continue };
+            present.insert(cluster.id, cluster.name.clone());
+            let control = match &remote.status {
+                Some(status) if upstream && status.connected && !status.stale => Control::Fresh,
+                Some(_) if upstream => Control::Stale,
+                _ => Control::Unknown,
+            };
+            let found = self.clusters.iter().find(|(name, _)| *name == cluster.name);
+            let mut data = found.map(|(_, data)| *data).unwrap_or_default();
+            // Whoever publishes our form runs our agents, which answer.
+            data.speaks |= cluster.slices;
+            changes.extend(self.reach.observe(now, cluster.id, control, data));
+        }
+        self.reach.retain(|cluster| present.contains_key(&cluster));
+        for change in changes {
+            let cluster = &present[&change.cluster];
+            if change.healthy {
+                tracing::info!(%cluster, "a remote cluster can be reached again; its backends are used");
+            } else {
+                tracing::warn!(%cluster, reason = %change.reason, "a remote cluster cannot be reached; its backends are a last resort now");
+            }
+            self.on(Event::ClusterHealth(change.cluster, change.healthy));
+        }
+        let judged = self.reach.judgements();
+        self.facts.reach = judged
+            .filter_map(|(id, judgement)| Some((present.get(&id)?.clone(), judgement)))
+            .collect();
     }
 }

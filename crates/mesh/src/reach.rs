@@ -65,8 +65,8 @@ pub enum Control {
     Unknown,
     /// It is mirrored, and its heartbeat is seen.
     Fresh,
-    /// What is known may be old, since then.
-    Stale(Duration),
+    /// What is known may be old: it is not mirrored, or its heartbeat has stopped.
+    Stale,
 }
 
 /// What the nodes of a cluster answered.
@@ -218,7 +218,7 @@ impl Reach {
             hold: config.return_after,
         });
         let was_out = entry.judgement.verdict == Verdict::Unreachable;
-        let silence = silence(now, &data);
+        let silence = silence(now, &data, config.leave_after);
         let silent = silence >= config.leave_after * 5 / 6;
         let (verdict, reason) = if was_out {
             // Out: any silence worth a name starts the wait for answers anew.
@@ -285,8 +285,9 @@ impl Reach {
 }
 
 /// For how long nobody has answered; nothing while that means nothing.
-fn silence(now: Duration, data: &Data) -> Duration {
-    let since = data.answered_at.or(data.asked_at);
+/// A cluster that was never heard gets twice the time: the way to it may still be made.
+fn silence(now: Duration, data: &Data, first: Duration) -> Duration {
+    let since = data.answered_at.or(data.asked_at.map(|at| at + first));
     match since {
         Some(since) if data.speaks && data.unanswered >= UNANSWERED_MIN => now.saturating_sub(since),
         _ => Duration::ZERO,
@@ -298,8 +299,8 @@ fn alive(control: Control, data: &Data, silence: Duration, config: ReachConfig) 
         return (Verdict::Suspect, Reason::Quiet);
     }
     match (control, data.answered_at) {
-        (Control::Stale(_), Some(_)) => (Verdict::Suspect, Reason::ControlOnly),
-        (Control::Stale(_), None) => (Verdict::Suspect, Reason::ControlBlind),
+        (Control::Stale, Some(_)) => (Verdict::Suspect, Reason::ControlOnly),
+        (Control::Stale, None) => (Verdict::Suspect, Reason::ControlBlind),
         _ => (Verdict::Reachable, Reason::Well),
     }
 }
@@ -307,7 +308,7 @@ fn alive(control: Control, data: &Data, silence: Duration, config: ReachConfig) 
 const fn dead(control: Control) -> Reason {
     match control {
         Control::Fresh => Reason::DataOnly,
-        Control::Stale(_) => Reason::Both,
+        Control::Stale => Reason::Both,
         Control::Unknown => Reason::DataBlind,
     }
 }

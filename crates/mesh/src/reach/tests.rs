@@ -21,7 +21,6 @@ struct World {
     /// Probes get there; answers get back.
     there: bool,
     back: bool,
-    stale_since: Duration,
     changes: Vec<(Duration, bool)>,
 }
 
@@ -37,7 +36,6 @@ impl World {
             control: true,
             there: true,
             back: true,
-            stale_since: Duration::ZERO,
             changes: vec![],
         };
         world.run(Duration::from_secs(10));
@@ -55,10 +53,9 @@ impl World {
             self.data.unanswered += 1;
         }
         let control = if self.control {
-            self.stale_since = self.now;
             Control::Fresh
         } else {
-            Control::Stale(self.stale_since)
+            Control::Stale
         };
         if let Some(change) = self.reach.observe(self.now, c2(), control, self.data) {
             assert_eq!(change.cluster, c2());
@@ -199,6 +196,22 @@ fn silence_of_nodes_that_never_spoke_means_nothing() {
     world.run(Duration::from_secs(60));
     world.expect(Verdict::Suspect, Reason::ControlBlind);
     assert_eq!(world.changes, []);
+}
+
+#[test]
+fn a_cluster_that_was_never_heard_gets_twice_the_time() {
+    let mut world = World::new();
+    world.reach.retain(|_| false);
+    world.data = Data {
+        speaks: true,
+        ..Data::default()
+    };
+    world.there = false;
+    let began = world.now;
+    world.run(Duration::from_secs(10));
+    let (at, healthy) = world.changes[0];
+    assert!(!healthy);
+    assert!(at - began > Duration::from_secs(5) && at - began <= Duration::from_secs(6));
 }
 
 #[test]
