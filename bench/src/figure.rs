@@ -22,6 +22,19 @@ pub struct Figure {
 }
 
 impl Figure {
+    /// A figure that has no peer.
+    pub fn alone(bench: &'static str, metric: &'static str, unit: &'static str, ours: f64) -> Self {
+        Self {
+            bench,
+            metric,
+            unit,
+            ours: round(ours),
+            peer: None,
+            peer_name: None,
+            ratio: None,
+        }
+    }
+
     /// A figure beside its peer.
     pub fn beside(
         bench: &'static str,

@@ -8,6 +8,7 @@ mod hostile;
 mod lists;
 mod mapfill;
 mod merge;
+mod mirror;
 mod reader;
 mod servers;
 
@@ -31,6 +32,9 @@ struct Args {
     /// Watchers of `fanout`.
     #[arg(long, default_value_t = 500)]
     watchers: usize,
+    /// Remote clusters of `mirror`.
+    #[arg(long, default_value_t = 250)]
+    clusters: u32,
     /// Keys of `lists`.
     #[arg(long, default_value_t = 500_000)]
     keys: usize,
@@ -46,10 +50,12 @@ enum Name {
     Mapfill,
     /// Watch events from the API server to 500 TLS watchers: CPU, memory, latency (needs etcd).
     Fanout,
-    /// Puts to the embedded store: rate, latency, disk and memory (needs etcd).
-    Embedded,
     /// Latency of watch events while hostile clients do their worst, beside the same server without them (needs etcd).
     Hostile,
+    /// Mirroring 250 clusters: time until they are there, memory, latency, and what a restart sends again.
+    Mirror,
+    /// Puts to the embedded store: rate, latency, disk and memory (needs etcd).
+    Embedded,
     /// 50 clients list 500,000 keys in pages: throughput and the memory of what is listed (needs etcd).
     Lists,
 }
@@ -62,6 +68,7 @@ fn main() -> ExitCode {
         Name::Mapfill => mapfill::run(),
         Name::Fanout => fanout::run(args.watchers),
         Name::Hostile => hostile::run(),
+        Name::Mirror => mirror::run(args.clusters),
         Name::Lists => lists::run(args.keys),
         Name::Embedded => embedded::run(),
     };

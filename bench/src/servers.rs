@@ -1,4 +1,4 @@
-//! The servers that `fanout` and `lists` measure: etcd and our API server as processes of their own on loopback, with the
+//! The servers that are measured: etcd and our API server as processes of their own on loopback, with the
 //! same certificates. A server ends with its value, also when the measurement failed.
 
 use std::{
@@ -26,6 +26,8 @@ const START_MAX: Duration = Duration::from_secs(180);
 const TICKS_PER_SECOND: f64 = 100.0;
 /// Common name that may read everything of cluster `bench`.
 const CLIENT: &str = "admin-bench";
+/// Common names of the other clients.
+const CLIENTS: [&str; 2] = ["remote", "local-bench"];
 
 /// A CA, a server certificate and a client certificate, as files.
 pub struct Certificates {
@@ -41,7 +43,7 @@ impl Certificates {
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         std::fs::write(dir.path().join("ca.crt"), params.self_signed(&key)?.pem())?;
         let issuer = Issuer::new(params, key);
-        for name in ["server", CLIENT] {
+        for name in ["server", CLIENT].into_iter().chain(CLIENTS) {
             let pair = KeyPair::generate()?;
             let mut params = CertificateParams::new(vec!["localhost".into(), "127.0.0.1".into()])?;
             params.distinguished_name = DistinguishedName::new();
@@ -72,17 +74,33 @@ impl Certificates {
 
     /// A client that shows the client certificate and speaks HTTP/2.
     pub fn client_config(&self) -> Result<Arc<ClientConfig>> {
+        self.client_config_of(CLIENT)
+    }
+
+    /// The same with the certificate of another client.
+    pub fn client_config_of(&self, name: &str) -> Result<Arc<ClientConfig>> {
         let mut roots = RootCertStore::empty();
         for root in CertificateDer::pem_file_iter(self.path("ca.crt"))? {
             roots.add(root?)?;
         }
-        let (chain, key) = self.chain(CLIENT)?;
+        let (chain, key) = self.chain(name)?;
         let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()?
             .with_root_certificates(roots)
             .with_client_auth_cert(chain, key)?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok(Arc::new(config))
+    }
+
+    /// The file that tells a follower of ours how to read the server at `address` as client `name`.
+    pub fn etcd_config(&self, address: SocketAddr, name: &str) -> String {
+        let path = |file: &str| self.path(file).display().to_string();
+        format!(
+            "endpoints: ['https://{address}']\ntrusted-ca-file: '{}'\ncert-file: '{}'\nkey-file: '{}'\n",
+            path("ca.crt"),
+            path(&format!("{name}.crt")),
+            path(&format!("{name}.key")),
+        )
     }
 
     /// etcd's kind of client to a server with these certificates.
@@ -214,22 +232,82 @@ impl Etcd {
     }
 }
 
-/// Our API server, following an etcd.
+/// Where an API server has its files and its addresses; one that starts again has the same.
+pub struct Place {
+    /// Mutual TLS.
+    pub address: SocketAddr,
+    /// Admin endpoint.
+    pub admin: SocketAddr,
+    files: TempDir,
+    store: Vec<String>,
+}
+
+impl Place {
+    fn new(store: impl FnOnce(&Path) -> Result<Vec<String>>) -> Result<Self> {
+        let files = tempfile::tempdir()?;
+        std::fs::create_dir(files.path().join("remotes"))?;
+        Ok(Self {
+            address: free_address()?,
+            admin: free_address()?,
+            store: store(files.path())?,
+            files,
+        })
+    }
+
+    /// Its cluster's state is in `etcd`.
+    pub fn with_etcd(etcd: &Etcd) -> Result<Self> {
+        Self::new(|files| {
+            let config = files.join("etcd.yaml");
+            std::fs::write(&config, format!("endpoints: ['http://{}']\n", etcd.plain))?;
+            Ok(vec!["--etcd-config".to_owned(), config.display().to_string()])
+        })
+    }
+
+    /// Its cluster's state is in a file of its own.
+    pub fn embedded() -> Result<Self> {
+        Self::new(|files| {
+            let data_dir = files.join("data").display().to_string();
+            Ok(["--store", "embedded", "--data-dir", &data_dir]
+                .map(str::to_owned)
+                .into())
+        })
+    }
+
+    /// Writes the file of a remote cluster.
+    pub fn configure_remote(&self, name: &str, text: &str) -> Result<()> {
+        Ok(std::fs::write(
+            self.files.path().join("remotes").join(name),
+            text,
+        )?)
+    }
+}
+
+/// Our API server.
 pub struct Apiserver {
     /// The process.
     pub process: Process,
     /// Mutual TLS.
     pub address: SocketAddr,
-    _files: TempDir,
+    _place: Option<Place>,
 }
 
 impl Apiserver {
-    /// Starts it and waits until it serves what `etcd` holds.
+    /// Starts one that follows `etcd`, and waits until it serves what `etcd` holds.
     pub async fn start(certificates: &Certificates, etcd: &Etcd) -> Result<Self> {
-        let files = tempfile::tempdir()?;
-        let config = files.path().join("etcd.yaml");
-        std::fs::write(&config, format!("endpoints: ['http://{}']\n", etcd.plain))?;
-        let (address, admin) = (free_address()?, free_address()?);
+        let place = Place::with_etcd(etcd)?;
+        let address = place.address;
+        let mut server = Self::spawn(certificates, &place)?;
+        server._place = Some(place);
+        until_answered("the API server", async || {
+            let mut client = certificates.client(address).await?;
+            anyhow::Ok(client.get("cilium/state/x", None).await?)
+        })
+        .await?;
+        Ok(server)
+    }
+
+    /// Starts one at `place`; it does not answer yet.
+    pub fn spawn(certificates: &Certificates, place: &Place) -> Result<Self> {
         let program = std::env::current_exe()
             .context("where am I")?
             .with_file_name("isthmus-clustermesh-apiserver");
@@ -242,12 +320,15 @@ impl Apiserver {
             "--log-level",
             "warn",
         ]);
-        command.arg("--etcd-config").arg(config);
+        command.args(&place.store);
+        command
+            .arg("--clustermesh-config")
+            .arg(place.files.path().join("remotes"));
         command.args([
             "--listen",
-            &address.to_string(),
+            &place.address.to_string(),
             "--admin-listen",
-            &admin.to_string(),
+            &place.admin.to_string(),
         ]);
         command
             .arg("--tls-cert-file")
@@ -257,17 +338,11 @@ impl Apiserver {
             .arg("--tls-client-ca-file")
             .arg(certificates.path("ca.crt"));
         let hint = "build with `cargo build --release --workspace --bins`";
-        let server = Self {
+        Ok(Self {
             process: Process::spawn(&mut command, hint)?,
-            address,
-            _files: files,
-        };
-        until_answered("the API server", async || {
-            let mut client = certificates.client(address).await?;
-            anyhow::Ok(client.get("cilium/state/x", None).await?)
+            address: place.address,
+            _place: None,
         })
-        .await?;
-        Ok(server)
     }
 }
 
