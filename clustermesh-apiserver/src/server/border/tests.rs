@@ -1,3 +1,5 @@
+//! The border's decisions under any order of steps, and its bounds.
+
 use std::net::Ipv4Addr;
 
 use proptest::prelude::*;
