@@ -90,7 +90,7 @@ fn ipcache_takes_batches_and_gives_the_longest_prefix() {
             IpcacheKey::ipv4([10, 2, 0, 0], 16),
             IpcacheValue::direct(7, 0),
         )];
-        ops.extend(&hosts);
+        ops.extend(hosts.iter().cloned());
         assert!(apply::apply(tables, &ops).is_complete());
         let identity = |octets| {
             tables
