@@ -7,6 +7,7 @@ mod events;
 mod maps;
 mod merge_table;
 mod naive;
+mod preferences;
 mod properties;
 mod restart;
 mod retries;
