@@ -212,7 +212,7 @@ fn choose_among(work: &mut Work, all: bool) -> Result<(), DropReason> {
     work.client.kind = affinity_kind::ADDRESS;
     work.client.pad = [0; 3];
     let mut request = Request {
-        frontend: &work.frontend,
+        frontend: &mut work.frontend,
         client: &mut work.client,
         flow: Some(number),
     };

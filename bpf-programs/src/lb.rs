@@ -34,7 +34,7 @@ pub enum Choice {
 pub fn translate(ctx: &SockAddrContext, family: Family, choice: Choice) -> i32 {
     let (address, port) = sock::address(ctx, family);
     let proto = sock::proto(ctx);
-    let frontend = ServiceKey {
+    let mut frontend = ServiceKey {
         address,
         port,
         slot: 0,
@@ -58,7 +58,7 @@ pub fn translate(ctx: &SockAddrContext, family: Family, choice: Choice) -> i32 {
     };
     let mut client = sock::client(ctx);
     let mut request = Request {
-        frontend: &frontend,
+        frontend: &mut frontend,
         client: &mut client,
         // A socket's port is not known yet, and no other node will ask for it.
         flow: None,

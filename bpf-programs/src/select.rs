@@ -2,8 +2,8 @@
 //! the one in a slot.
 
 use isthmus_bpf_abi::{
-    AffinityKey, AffinityValue, Backend, DropReason, SELECT_TRIES_MAX, ServiceKey, ServiceValue,
-    affinity_holds, backend_state, maglev_position, next_slot, pick_slot, service_flag,
+    AffinityKey, AffinityValue, Backend, DropReason, SCOPE_INTERNAL, SELECT_TRIES_MAX, ServiceKey,
+    ServiceValue, affinity_holds, backend_state, maglev_position, next_slot, pick_slot, service_flag,
 };
 
 use crate::{ct, tables};
@@ -23,8 +23,8 @@ pub enum Selection {
 
 /// Who asks for what.
 pub struct Request<'a> {
-    /// The frontend.
-    pub frontend: &'a ServiceKey,
+    /// The frontend. Becomes that for traffic from inside the cluster, where the two differ.
+    pub frontend: &'a mut ServiceKey,
     /// Who asks. The service's number is filled in here.
     pub client: &'a mut AffinityKey,
     /// The flow's number, if it has one that is the same on every node: then Maglev tables are asked.
@@ -38,9 +38,20 @@ pub fn select(
     number: impl Fn() -> u32,
     mut usable: impl FnMut(u32, &Backend) -> Result<(), DropReason>,
 ) -> Selection {
-    let Some(service) = tables::service(request.frontend) else {
+    let Some(mut service) = tables::service(request.frontend) else {
         return Selection::NotAService;
     };
+    // Who asks here is inside the cluster: what is kept on this node is traffic from outside.
+    if service.flags & service_flag::EXTERNAL_LOCAL != 0 {
+        let inside = ServiceKey {
+            scope: SCOPE_INTERNAL,
+            ..*request.frontend
+        };
+        if let Some(all) = tables::service(&inside) {
+            service = all;
+            *request.frontend = inside;
+        }
+    }
     if service.count == 0 {
         return Selection::Nowhere(DropReason::NoBackend);
     }

@@ -4,8 +4,8 @@
 use std::collections::BTreeSet;
 
 use isthmus_bpf_abi::{
-    AffinityValue, MAGLEV_CHUNK, MaglevChunk, MaglevKey, NodeConfig, PROTO_TCP, PROTO_UDP, ServiceKey,
-    ServiceValue, backend_state, feature, maglev_position, service_flag, tuple_hash,
+    AffinityValue, MAGLEV_CHUNK, MaglevChunk, MaglevKey, NodeConfig, PROTO_TCP, PROTO_UDP, SCOPE_INTERNAL,
+    ServiceKey, ServiceValue, backend_state, feature, maglev_position, service_flag, tuple_hash,
 };
 use isthmus_datapath::MapOp;
 
@@ -91,6 +91,35 @@ fn each_flow_goes_where_its_entry_of_the_table_says() {
                 seen.insert(id_in_table);
             }
             assert_eq!(seen.len(), 2);
+        }
+    });
+}
+
+#[test]
+fn what_keeps_outside_traffic_on_this_node_does_not_keep_pods_there() {
+    Node::check(|node| {
+        for family in [0, 1] {
+            let id = 1 + family as u32;
+            node.service(id, VIP[family], PROTO_UDP, &[LOCAL[family], REMOTE[family]]);
+            let asked = ends(CLIENT[family], VIP[family]);
+            frontend(node, id, VIP[family], PROTO_UDP, |value| ServiceValue {
+                count: 1,
+                flags: service_flag::EXTERNAL | service_flag::EXTERNAL_LOCAL,
+                ..value
+            });
+            // Without another scope the frontend is what there is.
+            assert_eq!(destination(node, 0, asked), end(LOCAL[family]));
+            let (address, port) = end(VIP[family]);
+            let inside = ServiceKey {
+                scope: SCOPE_INTERNAL,
+                ..ServiceKey::frontend(address, port, PROTO_UDP)
+            };
+            node.apply(&[
+                MapOp::ServicePut(inside.at_slot(1), ServiceValue::slot(10 + id, id * 10 + 2)),
+                MapOp::ServicePut(inside, ServiceValue::frontend(10 + id, 1, service_flag::EXTERNAL)),
+            ]);
+            let other = ends(&CLIENT[family].replace("40000", "40001"), VIP[family]);
+            assert_eq!(destination(node, 0, other), end(REMOTE[family]));
         }
     });
 }
