@@ -1,7 +1,8 @@
 //! The merge of 200 clusters with 500 services and 20 backends each, and of one service with 10,000 backends.
 //!
 //! In: nothing. Out: time for the whole, for one changed backend, for one changed backend of the big service; process
-//! memory for each remote endpoint, source tables and merged state together, and for each ipcache entry.
+//! memory for each remote endpoint, source tables and merged state together, and for each ipcache entry; time for a Maglev
+//! table of the default size with 1,000 backends.
 //!
 //! Peers: where Cilium has published a number, that one (and the name says so); else a merge of the same input from
 //! scratch with the standard library's maps, in the same run: of everything, or of just the service that changed.
@@ -14,7 +15,11 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use isthmus_bpf_abi::{Backend, PROTO_TCP, ServiceKey, ServiceValue};
-use isthmus_mesh::{Ipcache, LoadBalancer, MapOp, to_address};
+use isthmus_mesh::{
+    Ipcache, LoadBalancer, MaglevConfig, MapOp,
+    maglev::{self, MaglevBackend},
+    to_address,
+};
 use isthmus_model::{
     Affinity, ClusterId, ClusterName, IpEntry, MaxConnectedClusters, NumericIdentity, Protocol, ServiceFrame,
     ServiceName, ServicePort, ServiceType, SessionAffinity, Slice, SliceEndpoint, SlicePort,
@@ -65,6 +70,7 @@ pub fn run() -> Result<Vec<Figure>> {
     drop(ipcache);
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     let figure = |metric, unit, ours, peer, name| Figure::beside("merge", metric, unit, ours, peer, name);
+    let (maglev_us, maglev_peer_us) = maglev_table()?;
     Ok(vec![
         figure(
             "full_ms",
@@ -93,6 +99,13 @@ pub fn run() -> Result<Vec<Figure>> {
             bytes,
             CILIUM_BYTES,
             "Cilium agent, published",
+        ),
+        figure(
+            "maglev_1000_us",
+            "us",
+            maglev_us,
+            maglev_peer_us,
+            "whole permutations, as in the paper",
         ),
         figure(
             "bytes_per_ipcache_entry",
@@ -208,6 +221,71 @@ fn alternate(merge: &mut LoadBalancer, slices: &[Slice]) -> Result<f64> {
         );
     }
     Ok(start.elapsed().as_secs_f64() * 1e6 / f64::from(CHANGES))
+}
+
+/// Microseconds for a Maglev table with 1,000 backends: ours, and one that writes out all permutations first.
+fn maglev_table() -> Result<(f64, f64)> {
+    let config = MaglevConfig::default();
+    let backends: Vec<MaglevBackend> = (0..1000u32)
+        .map(|number| {
+            let [_, _, a, b] = number.to_be_bytes();
+            MaglevBackend {
+                address: to_address([10, 1, a, b].into()),
+                port: 8080,
+                weight: 1,
+                id: number + 1,
+            }
+        })
+        .collect();
+    let (mut ours, mut peer) = (f64::INFINITY, f64::INFINITY);
+    for _ in 0..10 {
+        let start = Instant::now();
+        let table = maglev::table(&config.seed, config.table_size, &backends);
+        ours = ours.min(start.elapsed().as_secs_f64() * 1e6);
+        ensure!(
+            table.len() == config.table_size as usize,
+            "the table is incomplete"
+        );
+    }
+    for _ in 0..ROUNDS {
+        let start = Instant::now();
+        let table = maglev_naive(config.table_size, &backends);
+        peer = peer.min(start.elapsed().as_secs_f64() * 1e6);
+        ensure!(!table.contains(&0), "the naive table is incomplete");
+    }
+    Ok((ours, peer))
+}
+
+fn maglev_naive(size: u32, backends: &[MaglevBackend]) -> Vec<u32> {
+    let hash = |seed: u64, backend: &MaglevBackend| {
+        let bytes = backend.address.iter().chain(&[0, 0]);
+        bytes.fold(seed, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+        })
+    };
+    let permutations: Vec<Vec<u32>> = backends
+        .iter()
+        .map(|backend| {
+            let offset = hash(0xcbf2_9ce4_8422_2325, backend) % u64::from(size);
+            let skip = hash(0x9747_b28c, backend) % u64::from(size - 1) + 1;
+            let entry = |turn: u64| ((offset + turn * skip) % u64::from(size)) as u32;
+            (0..u64::from(size)).map(entry).collect()
+        })
+        .collect();
+    let mut table = vec![0; size as usize];
+    let mut next = vec![0usize; backends.len()];
+    let mut left = size;
+    for at in (0..backends.len()).cycle() {
+        if left == 0 {
+            break;
+        }
+        while table[permutations[at][next[at]] as usize] != 0 {
+            next[at] += 1;
+        }
+        table[permutations[at][next[at]] as usize] = backends[at].id;
+        left -= 1;
+    }
+    table
 }
 
 /// A merge with a million entries, and the bytes for each.
