@@ -25,10 +25,14 @@ fn round(reconciler: &mut Reconciler, maps: &mut Maps, now: Duration, mut fails:
             })
             .collect();
         reconciler.complete(now, &results);
-        assert!(
-            maps.lookups().values().flatten().all(Option::is_some),
-            "a lookup misses"
-        );
+        for (key, lookup) in maps.lookups() {
+            assert!(lookup.iter().all(Option::is_some), "a lookup of {key:?} misses");
+            let mut table = maps.table(&key).into_iter().flatten();
+            assert!(
+                table.all(|target| target.is_some()),
+                "the table of {key:?} misses"
+            );
+        }
     }
 }
 
