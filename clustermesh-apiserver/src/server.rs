@@ -55,8 +55,8 @@ use crate::{
 use account::Totals;
 use answers::Answers;
 use border::{Border, LogGate};
-use locks::Locks;
 pub use limits::ServerLimits;
+use locks::Locks;
 pub(crate) use peer::Peer;
 use registry::Registry;
 

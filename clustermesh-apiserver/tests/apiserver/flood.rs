@@ -206,7 +206,11 @@ async fn rapid_resets_end_the_connection() {
         .await
         .expect("the connection is ended");
     let ended = (&mut hostile.connection).await.unwrap().unwrap_err();
-    assert_eq!(ended.reason(), Some(h2::Reason::ENHANCE_YOUR_CALM), "{ended}");
+    // Its resets may meet a socket that is closed already, before it has read why.
+    assert!(
+        ended.is_io() || ended.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM),
+        "{ended}"
+    );
     eventually("its watches are gone", || async {
         (scene.server.metric("server_watches") == 1).then_some(())
     })

@@ -482,8 +482,16 @@ impl Publisher {
 
 /// Everything under `prefix` in an etcd (or what speaks like one), with both revisions.
 pub async fn dump(client: &mut Client, prefix: &str) -> BTreeMap<Bytes, (Bytes, i64, i64)> {
+    try_dump(client, prefix).await.unwrap()
+}
+
+/// The same, or why it was refused: a mirror that is not read yet says so.
+pub async fn try_dump(
+    client: &mut Client,
+    prefix: &str,
+) -> Result<BTreeMap<Bytes, (Bytes, i64, i64)>, etcd_client::Error> {
     let options = etcd_client::GetOptions::new().with_prefix();
-    let answer = client.get(prefix, Some(options)).await.unwrap();
+    let answer = client.get(prefix, Some(options)).await?;
     let entry = |kv: &etcd_client::KeyValue| {
         let value = Bytes::copy_from_slice(kv.value());
         (
@@ -491,5 +499,5 @@ pub async fn dump(client: &mut Client, prefix: &str) -> BTreeMap<Bytes, (Bytes, 
             (value, kv.create_revision(), kv.mod_revision()),
         )
     };
-    answer.kvs().iter().map(entry).collect()
+    Ok(answer.kvs().iter().map(entry).collect())
 }

@@ -182,7 +182,10 @@ async fn it_serves_through_the_grace_time_and_then_says_everything_before_stream
         "{end}"
     );
     let closed = tokio::time::timeout(Duration::from_secs(60), &mut quick.connection);
-    closed.await.unwrap().unwrap().expect("closed as HTTP/2 wants it");
+    // What the client sends last may meet a socket that is closed already.
+    if let Err(error) = closed.await.unwrap().unwrap() {
+        assert!(error.is_io(), "closed as HTTP/2 wants it: {error}");
+    }
     assert!(dial.open(server.address).await.is_err(), "nobody gets in");
     // The slow one still gets everything.
     assert_eq!(
