@@ -30,6 +30,14 @@ impl Ingested {
         }
     }
 
+    /// The same in bytes of its own, for what waits: a slice of a message would keep the whole message.
+    fn on_its_own(self) -> Self {
+        match self {
+            Self::Change(change) => Self::Change(change.on_its_own()),
+            Self::Kept(key) => Self::Kept(Bytes::copy_from_slice(&key)),
+        }
+    }
+
     fn shared_key(&self) -> Bytes {
         match self {
             Self::Change(SourceChange::Put { key, .. } | SourceChange::Delete { key, .. })
@@ -126,6 +134,7 @@ impl Ingest {
             *at = revision.max(*at);
         }
         for ingested in changes {
+            let ingested = ingested.on_its_own();
             let key = ingested.shared_key();
             if matches!(ingested, Ingested::Change(SourceChange::Delete { .. })) {
                 pending.present.remove(&key);

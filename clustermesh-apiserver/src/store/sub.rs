@@ -47,6 +47,40 @@ impl SourceChange {
         }
     }
 
+    /// The same in bytes of its own, those of the entry that it becomes; a slice of a message keeps the whole message.
+    pub fn on_its_own(self) -> Self {
+        let mod_revision = self.mod_revision();
+        match self.encoded() {
+            Ok(encoded) => Self::Shared(encoded),
+            Err(key) => Self::Delete {
+                key: Bytes::copy_from_slice(&key),
+                mod_revision,
+            },
+        }
+    }
+
+    /// The value's bytes, or the key that is gone.
+    fn encoded(self) -> Result<Encoded, Bytes> {
+        match self {
+            Self::Put {
+                key,
+                value,
+                create_revision,
+                mod_revision,
+                version,
+            } => {
+                let revisions = Revisions {
+                    create: create_revision,
+                    modified: mod_revision,
+                    version,
+                };
+                Ok(Encoded::new(&key, &value, revisions, 0))
+            }
+            Self::Shared(encoded) => Ok(encoded),
+            Self::Delete { key, .. } => Err(key),
+        }
+    }
+
     /// Revision of the change.
     pub fn mod_revision(&self) -> i64 {
         match self {
@@ -104,23 +138,9 @@ impl SubStore {
     pub(super) fn replace(&mut self, changes: Vec<SourceChange>, merged_revision: i64) -> Vec<Changed> {
         let mut changed = Vec::with_capacity(changes.len());
         for change in changes {
-            let encoded = match change {
-                SourceChange::Put {
-                    key,
-                    value,
-                    create_revision,
-                    mod_revision,
-                    version,
-                } => {
-                    let revisions = Revisions {
-                        create: create_revision,
-                        modified: mod_revision,
-                        version,
-                    };
-                    Encoded::new(&key, &value, revisions, 0)
-                }
-                SourceChange::Shared(encoded) => encoded,
-                SourceChange::Delete { key, .. } => {
+            let encoded = match change.encoded() {
+                Ok(encoded) => encoded,
+                Err(key) => {
                     if let Some(before) = self.content.remove(&key) {
                         changed.push((None, Some(before)));
                     }
