@@ -1,7 +1,7 @@
 //! The embedded store's state and what commands do to it. Pure: no I/O, no clock.
 //!
 //! In: [`Command`]s, one after the other. Out of each: the answer, the changes that readers are to see, and what has to be on
-//! disk before either is told. From what is on disk the same state comes back ([`State::load`]).
+//! disk before either is told. From what is on disk the same state comes back ([`Loading`]).
 //!
 //! Invariants: a refused command changes nothing; a command that changes keys takes exactly one revision, also a transaction
 //! of many; on disk are, for each key, the newest change at or before the compacted revision if it was no deletion, and every

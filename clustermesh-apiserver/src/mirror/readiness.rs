@@ -1,5 +1,5 @@
 //! When this server is ready to tell agents of remote clusters: once it has read every one that answers, or has waited long
-//! enough. Pure but for [`watch`]; time is an argument.
+//! enough. Pure but for [`watch()`]; time is an argument.
 //!
 //! Invariants: a remote cluster that does not answer, or is refused, holds nobody up; what was ready once stays ready, since
 //! what is known stays.
