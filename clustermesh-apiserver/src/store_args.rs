@@ -139,7 +139,7 @@ mod tests {
         check(&[embedded], Err("--data-dir is \"\": with --store embedded"));
         check(
             &[embedded, "--data-dir="],
-            Err("--data-dir is \"\": with --store embedded"),
+            Err("error: a value is required for '--data-dir <DIR>'"),
         );
         check(
             &[embedded, "--data-dir=d", "--etcd-config=e"],
