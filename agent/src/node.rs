@@ -106,6 +106,8 @@ impl LocalNode {
             maglev_table_size,
             snat_port_min: 0,
             snat_port_max: 0,
+            tunnel_port: 0,
+            pad_end: 0,
         }
     }
 

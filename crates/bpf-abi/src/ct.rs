@@ -5,6 +5,10 @@
 //! ([`ct_pair`]), so an entry that an LRU map evicted comes back with the next packet of the other direction, and no third
 //! table must agree with them: a frontend that is deleted, or whose number is used again, does not bend a flow that is open.
 //!
+//! With [`ct_flag::SNAT`] both sides of a flow's packets are replaced: the backend sees an address and port of the node. The
+//! entry of the way back then holds that port: who makes it without replacing another has the port. A pod's flow that is
+//! masqueraded is the same with a frontend that is its own backend.
+//!
 //! What a packet does to an entry ([`ct_step`]) and when one is over ([`ct_is_expired`]) are pure.
 
 use crate::{Address, PROTO_TCP, is_ipv4_mapped};
@@ -42,6 +46,8 @@ pub mod ct_flag {
     pub const FIN_FORWARD: u8 = 4;
     /// The backend has sent a FIN.
     pub const FIN_REVERSE: u8 = 8;
+    /// The other side of packets is replaced too, by [`super::CtValue::peer_address`] and port.
+    pub const SNAT: u8 = 16;
 }
 
 /// Values of [`CtValue::state`].
@@ -74,10 +80,20 @@ pub struct CtValue {
     pub last_seen: u32,
     /// The backend's number.
     pub backend_id: u32,
-    /// The service's number.
+    /// The service's number; 0 for a flow through no service.
     pub service_id: u32,
+    /// With [`ct_flag::SNAT`]: what the packet's source (destination, with [`ct_flag::REVERSE`]) becomes: an address of this node
+    /// (the client). Else zero.
+    pub peer_address: Address,
+    /// Its port, network order.
+    pub peer_port: [u8; 2],
+    /// Zero.
+    pub pad: [u8; 2],
+    /// Index of the device through which the client's packets come, and the server's of a masqueraded flow; 0 where a pod asks
+    /// a service.
+    pub ifindex: u32,
 }
-const _: () = assert!(size_of::<CtValue>() == 32);
+const _: () = assert!(size_of::<CtValue>() == 56);
 
 /// Key of `isthmus_fragments`: what the fragments of one datagram share.
 #[repr(C, align(8))]
@@ -162,7 +178,12 @@ pub const fn ct_pair(key: &CtKey, value: &CtValue, pair_key: &mut CtKey, pair: &
     pair.backend_id = value.backend_id;
     pair.service_id = value.service_id;
     pair.flags = value.flags ^ ct_flag::REVERSE;
+    pair.ifindex = value.ifindex;
+    pair.pad = [0; 2];
+    pair.peer_address = [0; 16];
+    pair.peer_port = [0; 2];
     let hairpin = value.flags & ct_flag::HAIRPIN != 0;
+    let snat = value.flags & ct_flag::SNAT != 0;
     if value.flags & ct_flag::REVERSE == 0 {
         pair_key.source = value.nat_address;
         pair_key.source_port = value.nat_port;
@@ -173,6 +194,12 @@ pub const fn ct_pair(key: &CtKey, value: &CtValue, pair_key: &mut CtKey, pair: &
         if hairpin {
             pair_key.destination = loopback_of(&key.source);
         }
+        if snat {
+            pair_key.destination = value.peer_address;
+            pair_key.destination_port = value.peer_port;
+            pair.peer_address = key.source;
+            pair.peer_port = key.source_port;
+        }
     } else {
         pair_key.source = key.destination;
         pair_key.source_port = key.destination_port;
@@ -182,6 +209,12 @@ pub const fn ct_pair(key: &CtKey, value: &CtValue, pair_key: &mut CtKey, pair: &
         pair.nat_port = key.source_port;
         if hairpin {
             pair_key.source = key.source;
+        }
+        if snat {
+            pair_key.source = value.peer_address;
+            pair_key.source_port = value.peer_port;
+            pair.peer_address = key.destination;
+            pair.peer_port = key.destination_port;
         }
     }
 }
@@ -257,6 +290,21 @@ pub const fn tuple_hash(key: &CtKey) -> u32 {
         key.destination_port[1],
     ]);
     (crate::lb::mix(hash ^ ports as u64) >> 32) as u32
+}
+
+/// How many ports are tried for a flow before it is refused.
+pub const SNAT_TRIES_MAX: u32 = 32;
+
+/// The port (network order) to try for the flow with `hash` ([`tuple_hash`]) at `attempt`, in `min..=max` (host order, `min` not
+/// above `max`). The same for the same: a flow whose entry was evicted meets its own port first.
+#[inline(always)]
+pub const fn snat_port(hash: u32, attempt: u32, min: u16, max: u16) -> [u8; 2] {
+    let room = max as u32 - min as u32 + 1;
+    // An odd step: neighbours in the table are no likelier taken than others.
+    let at = hash.wrapping_add(attempt.wrapping_mul(0x9e37_79b1)) as u64;
+    // Multiplies and shifts: no division.
+    let offset = (at * room as u64) >> 32;
+    (min + offset as u16).to_be_bytes()
 }
 
 /// Eight bytes of an address as a number, the same on every machine.

@@ -29,11 +29,11 @@ pub use choice::{
     SOURCE_RANGE_STATIC_BITS, SourceRangeKey, SourceRangeValue, affinity_holds, affinity_kind,
     maglev_position,
 };
-pub use config::{CONFIG_INDEX, NodeConfig, feature};
+pub use config::{CONFIG_INDEX, Device, NodeConfig, PrefixKey, PrefixValue, feature};
 pub use ct::{
     CT_SECONDS_OTHER, CT_SECONDS_TCP, CT_SECONDS_TCP_CLOSING, CT_SECONDS_TCP_OPENING, CtKey, CtValue,
-    FragmentKey, FragmentValue, LOOPBACK_IPV4, LOOPBACK_IPV6, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, ct_flag,
-    ct_is_expired, ct_pair, ct_seconds, ct_state, ct_step, loopback_of, tuple_hash,
+    FragmentKey, FragmentValue, LOOPBACK_IPV4, LOOPBACK_IPV6, SNAT_TRIES_MAX, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN,
+    ct_flag, ct_is_expired, ct_pair, ct_seconds, ct_state, ct_step, loopback_of, snat_port, tuple_hash,
 };
 pub use endpoint::{Endpoint, EndpointKey, endpoint_flag};
 pub use ipcache::{
@@ -47,7 +47,7 @@ pub use lb::{
 pub use metrics::{DIRECTIONS, Direction, DropReason, MetricsValue, REASONS, metric_index, metric_of};
 
 /// Version of every layout, map name and meaning in this crate. Bumped when one of them changes.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// IANA protocol number of TCP, as in [`ServiceKey::proto`].
 pub const PROTO_TCP: u8 = 6;
@@ -60,6 +60,8 @@ pub const PROTO_ICMP: u8 = 1;
 /// IANA protocol number of ICMPv6.
 pub const PROTO_ICMPV6: u8 = 58;
 
+/// Security identity of whatever is outside the mesh (`reserved:world`).
+pub const IDENTITY_WORLD: u32 = 2;
 /// Security identity of traffic that a node itself sends to another node (`reserved:remote-node`).
 pub const IDENTITY_REMOTE_NODE: u32 = 6;
 /// Largest number that fits the 24 bits of a VXLAN network identifier.

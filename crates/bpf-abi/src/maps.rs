@@ -62,7 +62,7 @@ pub const BACKENDS_MAX: u32 = 1_048_576;
 pub const REVERSE_SK_MAX: u32 = 262_144;
 /// Prefixes of all clusters.
 pub const IPCACHE_MAX: u32 = 2_097_152;
-/// Entries of translated flows, two each; older ones are evicted. Preallocated: about 36 MB.
+/// Entries of translated flows, two each; older ones are evicted. Preallocated: about 42 MB.
 pub const CT_MAX: u32 = 262_144;
 /// Fragmented datagrams under way; older ones are evicted. Preallocated: about 1 MB.
 pub const FRAGMENTS_MAX: u32 = 8_192;
@@ -72,6 +72,10 @@ pub const MAGLEV_MAX: u32 = 262_144;
 pub const AFFINITY_MAX: u32 = 65_536;
 /// Source ranges of all services.
 pub const SOURCE_RANGES_MAX: u32 = 65_536;
+/// Devices to the outside.
+pub const DEVICES_MAX: u32 = 256;
+/// Prefixes that pods reach from their own addresses.
+pub const NO_MASQUERADE_MAX: u32 = 1_024;
 /// Addresses of local endpoints and of the node.
 pub const ENDPOINTS_MAX: u32 = 65_536;
 
@@ -209,8 +213,31 @@ map_spec!(
     "the map of prefixes that may ask services."
 );
 
+map_spec!(
+    DEVICES,
+    DEVICES_NAME,
+    "isthmus_devices",
+    Hash,
+    u32,
+    crate::Device,
+    DEVICES_MAX,
+    NO_PREALLOC,
+    "the map of devices to the outside."
+);
+map_spec!(
+    NO_MASQUERADE,
+    NO_MASQUERADE_NAME,
+    "isthmus_no_masquerade",
+    LpmTrie,
+    crate::PrefixKey,
+    crate::PrefixValue,
+    NO_MASQUERADE_MAX,
+    NO_PREALLOC,
+    "the map of prefixes that pods reach from their own addresses."
+);
+
 /// Every map.
-pub const ALL: [MapSpec; 12] = [
+pub const ALL: [MapSpec; 14] = [
     SERVICES,
     BACKENDS,
     REVERSE_SK,
@@ -223,4 +250,6 @@ pub const ALL: [MapSpec; 12] = [
     MAGLEV,
     AFFINITY,
     SOURCE_RANGES,
+    DEVICES,
+    NO_MASQUERADE,
 ];

@@ -137,6 +137,12 @@ reasons! {
     SourceRange = 23, "source-range";
     /// No port of the node was free for the flow.
     NoSnatPort = 24, "no-snat-port";
+    /// From outside to a cluster IP, which is for the inside.
+    ClusterIpOutside = 25, "cluster-ip-outside";
+    /// No route leads to the backend.
+    NoRoute = 26, "no-route";
+    /// A fragment that overtook its first: nothing says which flow it belongs to.
+    FragmentUnknown = 27, "fragment-unknown";
 }
 
 impl DropReason {

@@ -55,6 +55,7 @@ fn layout_fingerprint() -> u64 {
         offset_of!(NodeConfig, maglev_table_size),
         offset_of!(NodeConfig, snat_port_min),
         offset_of!(NodeConfig, snat_port_max),
+        offset_of!(NodeConfig, tunnel_port),
         size_of::<NodeConfig>(),
         offset_of!(CtKey, destination),
         offset_of!(CtKey, source_port),
@@ -67,6 +68,9 @@ fn layout_fingerprint() -> u64 {
         offset_of!(CtValue, last_seen),
         offset_of!(CtValue, backend_id),
         offset_of!(CtValue, service_id),
+        offset_of!(CtValue, peer_address),
+        offset_of!(CtValue, peer_port),
+        offset_of!(CtValue, ifindex),
         size_of::<CtValue>(),
         offset_of!(FragmentKey, destination),
         offset_of!(FragmentKey, id),
@@ -80,6 +84,8 @@ fn layout_fingerprint() -> u64 {
         offset_of!(AffinityValue, backend_id),
         offset_of!(SourceRangeKey, service_id),
         offset_of!(SourceRangeKey, address),
+        offset_of!(Device, ipv6),
+        offset_of!(PrefixKey, address),
         size_of::<MetricsValue>(),
     ];
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
@@ -106,7 +112,7 @@ fn layout_fingerprint() -> u64 {
 fn layout_change_needs_a_new_version() {
     assert_eq!(
         (ABI_VERSION, layout_fingerprint()),
-        (2, 10_489_578_268_012_199_983),
+        (3, 7_912_464_920_063_524_597),
         "a layout, map name or size changed: bump ABI_VERSION, then write both new numbers here"
     );
 }

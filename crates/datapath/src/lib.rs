@@ -118,6 +118,11 @@ impl Datapath {
             None => links::detach_socket_hooks(&datapath.bpf_root)?,
         }
         datapath.update_device_links()?;
+        let flows = migrate::finish(&pins::maps_dir(&datapath.bpf_root), &datapath.tables.ct);
+        if let Err(error) = flows {
+            // Their next packets begin them anew, with the same backends; what is left is tried at the next start.
+            tracing::warn!(%error, "the newest flows of an older version are not carried over");
+        }
         if let Err(error) = datapath.programs.remove_others(&datapath.bpf_root) {
             tracing::warn!(%error, "programs of an older version stay pinned");
         }

@@ -229,6 +229,12 @@ impl<K: Layout, V: Layout> Map<K, V> {
             .map_err(self.failed("BPF_MAP_UPDATE_ELEM"))
     }
 
+    /// Writes one entry unless its key is there. Returns whether it was written.
+    pub fn put_new(&self, key: &K, value: &V) -> Result<bool, MapError> {
+        sys::map_insert(self.fd(), key.as_bytes(), value.as_bytes())
+            .map_err(self.failed("BPF_MAP_UPDATE_ELEM"))
+    }
+
     /// Removes one entry; it may be absent.
     pub fn delete(&self, key: &K) -> Result<(), MapError> {
         sys::map_delete(self.fd(), key.as_bytes())

@@ -108,7 +108,7 @@ const ABI_MAP: MapSpec = MapSpec {
     flags: 0,
 };
 
-/// Makes the folders, on a bpffs, and compares the ABI version; maps of version 1 are carried over ([`migrate`]).
+/// Makes the folders, on a bpffs, and compares the ABI version; maps of older versions are carried over ([`migrate`]).
 pub fn prepare(bpf_root: &Path) -> Result<(), PinError> {
     create_dir(bpf_root)?;
     if !is_bpffs(bpf_root) {
@@ -139,8 +139,8 @@ pub fn prepare(bpf_root: &Path) -> Result<(), PinError> {
         ABI_VERSION => Ok(()),
         // Zero: just made, or its maker died before it wrote, and so before it made any other map.
         0 => version.put(&0, &ABI_VERSION).map_err(PinError::Version),
-        found @ migrate::VERSION_MIN => {
-            migrate::from_1(&maps_dir(bpf_root)).map_err(|source| PinError::Migrate {
+        found if (migrate::VERSION_MIN..ABI_VERSION).contains(&found) => {
+            migrate::begin(&maps_dir(bpf_root)).map_err(|source| PinError::Migrate {
                 path: root.display().to_string(),
                 found,
                 source: Box::new(source),

@@ -42,6 +42,9 @@ enum Command {
 /// BPF_F_RDONLY: the file descriptor may not write.
 const READ_ONLY: u32 = 1 << 3;
 
+/// BPF_NOEXIST: only a new key.
+const NO_EXIST: u64 = 1;
+
 /// The kernel's own "not supported", which never should reach user space but does for batches.
 pub const ENOTSUPP: i32 = 524;
 
@@ -143,6 +146,22 @@ pub fn map_update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<(
         ..Default::default()
     };
     bpf(Command::MapUpdate, &mut attr).map(drop)
+}
+
+/// Writes one entry unless the key exists. Returns whether it was written.
+pub fn map_insert(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<bool> {
+    let mut attr = ElemAttr {
+        map_fd: raw(map),
+        key: key.as_ptr() as u64,
+        value: value.as_ptr() as u64,
+        flags: NO_EXIST,
+        ..Default::default()
+    };
+    match bpf(Command::MapUpdate, &mut attr) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Removes one entry. Returns whether it was there.

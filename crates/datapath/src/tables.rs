@@ -2,12 +2,15 @@
 //!
 //! In: the bpf root. Out: typed maps; the agent's are writable, the command line's are not. Counters summed over CPUs.
 
-use std::path::Path;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use isthmus_bpf_abi::{
-    AffinityKey, AffinityValue, Backend, BackendKey, CONFIG_INDEX, CtKey, CtValue, Direction, DropReason,
+    AffinityKey, AffinityValue, Backend, BackendKey, CONFIG_INDEX, CtKey, CtValue, Device, Direction, DropReason,
     Endpoint, EndpointKey, FragmentKey, FragmentValue, IpcacheKey, IpcacheValue, MaglevChunk, MaglevKey,
-    MetricsValue, NodeConfig, ReverseSkKey, ReverseSkValue, ServiceKey, ServiceValue, SourceRangeKey,
+    MetricsValue, NodeConfig, PrefixKey, PrefixValue, ReverseSkKey, ReverseSkValue, ServiceKey, ServiceValue, SourceRangeKey,
     SourceRangeValue,
     maps::{self, MapSpec},
     metric_index,
@@ -41,6 +44,10 @@ pub struct Tables {
     pub affinity: Map<AffinityKey, AffinityValue>,
     /// Prefixes that may ask services.
     pub source_ranges: Map<SourceRangeKey, SourceRangeValue>,
+    /// Devices to the outside, by index.
+    pub devices: Map<u32, Device>,
+    /// Prefixes that pods reach from their own addresses.
+    pub no_masquerade: Map<PrefixKey, PrefixValue>,
     /// Packet counters; written by the programs.
     pub metrics: Map<u32, MetricsValue>,
     /// The node's configuration.
@@ -73,6 +80,8 @@ impl Tables {
             maglev: create(&dir, &maps::MAGLEV)?,
             affinity: create(&dir, &maps::AFFINITY)?,
             source_ranges: create(&dir, &maps::SOURCE_RANGES)?,
+            devices: create(&dir, &maps::DEVICES)?,
+            no_masquerade: create(&dir, &maps::NO_MASQUERADE)?,
             metrics: create(&dir, &maps::METRICS)?,
             config: create(&dir, &maps::CONFIG)?,
         })
@@ -92,6 +101,8 @@ impl Tables {
             maglev: open(&dir, &maps::MAGLEV)?,
             affinity: open(&dir, &maps::AFFINITY)?,
             source_ranges: open(&dir, &maps::SOURCE_RANGES)?,
+            devices: open(&dir, &maps::DEVICES)?,
+            no_masquerade: open(&dir, &maps::NO_MASQUERADE)?,
             metrics: open(&dir, &maps::METRICS)?,
             config: open(&dir, &maps::CONFIG)?,
         })
@@ -110,6 +121,8 @@ impl Tables {
             maglev: Map::create(&maps::MAGLEV)?,
             affinity: Map::create(&maps::AFFINITY)?,
             source_ranges: Map::create(&maps::SOURCE_RANGES)?,
+            devices: Map::create(&maps::DEVICES)?,
+            no_masquerade: Map::create(&maps::NO_MASQUERADE)?,
             metrics: Map::create(&maps::METRICS)?,
             config: Map::create(&maps::CONFIG)?,
         })
@@ -123,6 +136,17 @@ impl Tables {
     /// Writes the node's configuration.
     pub fn set_node_config(&self, config: &NodeConfig) -> Result<(), MapError> {
         self.config.put(&CONFIG_INDEX, config)
+    }
+
+    /// Writes the devices to the outside; others go.
+    pub fn set_devices(&self, wanted: &BTreeMap<u32, Device>) -> Result<(), MapError> {
+        replace(&self.devices, wanted)
+    }
+
+    /// Writes the prefixes that pods reach from their own addresses; others go.
+    pub fn set_no_masquerade(&self, wanted: &BTreeSet<PrefixKey>) -> Result<(), MapError> {
+        let wanted = wanted.iter().map(|key| (*key, PrefixValue { there: 1 })).collect();
+        replace(&self.no_masquerade, &wanted)
     }
 
     /// One counter, summed over CPUs.
@@ -153,6 +177,23 @@ impl Tables {
         }
         Ok(counters)
     }
+}
+
+/// Makes `map` hold `wanted` and nothing else: puts what is missing or differs, then removes.
+fn replace<K: Layout + Ord, V: Layout + Eq>(map: &Map<K, V>, wanted: &BTreeMap<K, V>) -> Result<(), MapError> {
+    let there = map.dump()?;
+    let now: BTreeMap<K, V> = there.iter().copied().collect();
+    for (key, value) in wanted {
+        if now.get(key) != Some(value) {
+            map.put(key, value)?;
+        }
+    }
+    for (key, _) in there {
+        if !wanted.contains_key(&key) {
+            map.delete(&key)?;
+        }
+    }
+    Ok(())
 }
 
 fn create<K: Layout, V: Layout>(dir: &Path, spec: &MapSpec) -> Result<Map<K, V>, MapOpenError> {

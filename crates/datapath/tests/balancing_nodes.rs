@@ -195,19 +195,22 @@ fn processes_of_nodes_are_backends_too() {
     });
 }
 
+/// TCP and UDP hear at once that nobody is there.
+fn is_refused(vip: &str) {
+    let refused = TcpStream::connect(vip).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{vip}");
+    let socket = udp_to(vip);
+    socket.send(b"?").unwrap();
+    let refused = socket.recv(&mut [0; 8]).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{vip}");
+}
+
 #[test]
 fn a_service_without_backends_refuses_at_once() {
     check("192.0.2.", |one, _| {
         for (id, vip) in (1..).zip(VIP) {
             put_service(&one.datapath, id, vip, &[]);
-            in_namespace(&one.pods[0], || {
-                let refused = TcpStream::connect(vip).unwrap_err();
-                assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{vip}");
-                let socket = udp_to(vip);
-                socket.send(b"?").unwrap();
-                let refused = socket.recv(&mut [0; 8]).unwrap_err();
-                assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{vip}");
-            });
+            in_namespace(&one.pods[0], || is_refused(vip));
         }
     });
 }
@@ -222,14 +225,7 @@ fn a_closed_port_behind_a_frontend_is_heard_of() {
             (4, "[fd96::11]:80", "[fd01::6]:1"),
         ] {
             put_service(&one.datapath, id, vip, &[(id, target)]);
-            in_namespace(&one.pods[0], || {
-                let refused = TcpStream::connect(vip).unwrap_err();
-                assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{vip}");
-                let socket = udp_to(vip);
-                socket.send(b"?").unwrap();
-                let refused = socket.recv(&mut [0; 8]).unwrap_err();
-                assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{vip}");
-            });
+            in_namespace(&one.pods[0], || is_refused(vip));
         }
     });
 }

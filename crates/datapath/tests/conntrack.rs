@@ -52,6 +52,10 @@ fn value(last_seen: u32) -> CtValue {
         last_seen,
         backend_id: 1,
         service_id: 1,
+        peer_address: [0; 16],
+        peer_port: [0; 2],
+        pad: [0; 2],
+        ifindex: 0,
     }
 }
 

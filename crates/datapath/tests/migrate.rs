@@ -1,10 +1,10 @@
-//! An agent that meets the maps of ABI version 1: they are carried over, and no connection notices.
+//! An agent that meets the maps of an older ABI version: they are carried over, and no connection notices.
 #![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
 use std::{fs, path::Path};
 
 use isthmus_bpf_abi::{
-    ABI_VERSION, DropReason, MetricsValue, NodeConfig,
+    ABI_VERSION, CtKey, CtValue, DropReason, MetricsValue, NodeConfig, PROTO_TCP, ct_flag, ct_state,
     maps::{self, MapKind, MapSpec},
 };
 use isthmus_datapath::{DatapathConfig, Map, pins};
@@ -25,6 +25,15 @@ const CONFIG_1: MapSpec = MapSpec {
 const METRICS_1: MapSpec = MapSpec {
     max_entries: 256,
     ..maps::METRICS
+};
+
+const CONFIG_2: MapSpec = MapSpec {
+    value_size: 88,
+    ..maps::CONFIG
+};
+const CT_2: MapSpec = MapSpec {
+    value_size: 32,
+    ..maps::CT
 };
 
 fn version(config: &DatapathConfig) -> Map<u32, u32> {
@@ -58,17 +67,22 @@ fn as_version_1(config: &DatapathConfig, node: &[u8; 80]) {
         maps::MAGLEV,
         maps::AFFINITY,
         maps::SOURCE_RANGES,
+        maps::DEVICES,
+        maps::NO_MASQUERADE,
     ] {
         fs::remove_file(dir.join(new.name)).unwrap();
     }
-    // Another build's programs.
+    as_of_another_build(config);
+    version(config).put(&0, &1).unwrap();
+}
+
+fn as_of_another_build(config: &DatapathConfig) {
     let programs = pins::programs_dir(&config.bpf_root);
     for object in fs::read_dir(&programs).unwrap() {
         let object = object.unwrap().path();
         let as_of_another_build = object.with_file_name("of_another_build");
         fs::rename(object, as_of_another_build).unwrap();
     }
-    version(config).put(&0, &1).unwrap();
 }
 
 #[test]
@@ -121,4 +135,93 @@ fn maps_of_version_1_are_carried_over_under_an_open_connection() {
     let third = open_in(&namespace, &config);
     assert_eq!(third.tables().node_config().unwrap(), expected);
     assert_eq!(third.tables().counters().unwrap(), counters);
+}
+
+fn flow(source_port: u16) -> (CtKey, CtValue) {
+    let key = CtKey {
+        source: address("10.1.0.5"),
+        destination: address("10.96.0.10"),
+        source_port: source_port.to_be_bytes(),
+        destination_port: 80_u16.to_be_bytes(),
+        proto: PROTO_TCP,
+        pad: [0; 3],
+    };
+    let value = CtValue {
+        nat_address: address("10.1.0.6"),
+        nat_port: 8080_u16.to_be_bytes(),
+        state: ct_state::ESTABLISHED,
+        flags: ct_flag::FIN_FORWARD,
+        last_seen: 77,
+        backend_id: 11,
+        service_id: 1,
+        peer_address: [0; 16],
+        peer_port: [0; 2],
+        pad: [0; 2],
+        ifindex: 0,
+    };
+    (key, value)
+}
+
+/// A flow as version 2 has it.
+fn short(value: &CtValue) -> [u8; 32] {
+    zerocopy::IntoBytes::as_bytes(value)[..32].try_into().unwrap()
+}
+
+#[test]
+fn flows_and_configuration_of_version_2_are_carried_over() {
+    let mut lab = Lab::new();
+    let namespace = lab.namespace("node");
+    let config = lab.datapath_config();
+    drop(open_in(&namespace, &config));
+    let dir = pins::maps_dir(&config.bpf_root);
+    let map = Map::<u32, [u8; 88]>::open_or_create(&CONFIG_2, &repin(&dir, CONFIG_2.name)).unwrap();
+    let mut bytes = [0; 88];
+    bytes[80..84].copy_from_slice(&16_381_u32.to_ne_bytes());
+    map.put(&0, &bytes).unwrap();
+    let old = Map::<CtKey, [u8; 32]>::open_or_create(&CT_2, &repin(&dir, CT_2.name)).unwrap();
+    for port in 1..=5_000 {
+        let (key, value) = flow(port);
+        old.put(&key, &short(&value)).unwrap();
+    }
+    for new in [maps::DEVICES, maps::NO_MASQUERADE] {
+        fs::remove_file(dir.join(new.name)).unwrap();
+    }
+    as_of_another_build(&config);
+    version(&config).put(&0, &2).unwrap();
+
+    let second = open_in(&namespace, &config);
+    assert_eq!(version(&config).lookup(&0).unwrap(), Some(ABI_VERSION));
+    assert_eq!(second.tables().node_config().unwrap().maglev_table_size, 16_381);
+    for port in [1, 2_500, 5_000] {
+        let (key, value) = flow(port);
+        assert_eq!(second.tables().ct.lookup(&key).unwrap(), Some(value));
+    }
+    assert_eq!(second.tables().ct.dump().unwrap().len(), 5_000);
+    assert!(!dir.join("isthmus_ct_2").exists());
+}
+
+/// The old programs begin a flow after the copy, or the agent dies before its end: the next one adds what is missing, and
+/// leaves what the new programs have written.
+#[test]
+fn flows_that_old_programs_began_late_are_added() {
+    let mut lab = Lab::new();
+    let namespace = lab.namespace("node");
+    let config = lab.datapath_config();
+    let first = open_in(&namespace, &config);
+    let (known, mut newer) = flow(1);
+    newer.last_seen = 99;
+    first.tables().ct.put(&known, &newer).unwrap();
+    let kept = pins::maps_dir(&config.bpf_root).join("isthmus_ct_2");
+    let old = Map::<CtKey, [u8; 32]>::open_or_create(&CT_2, &kept).unwrap();
+    for port in [1, 2] {
+        let (key, value) = flow(port);
+        old.put(&key, &short(&value)).unwrap();
+    }
+    drop(first);
+    let second = open_in(&namespace, &config);
+    let ct = &second.tables().ct;
+    assert_eq!(ct.lookup(&known).unwrap(), Some(newer));
+    assert_eq!(ct.lookup(&flow(2).0).unwrap(), Some(flow(2).1));
+    assert_eq!(ct.dump().unwrap().len(), 2);
+    assert!(!kept.exists());
 }

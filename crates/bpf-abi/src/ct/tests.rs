@@ -1,5 +1,7 @@
 //! Life of an entry, its pair, and the spread of flows.
 
+extern crate std;
+
 use super::*;
 use crate::{PROTO_UDP, ipv4_mapped, pick_slot};
 
@@ -23,6 +25,10 @@ fn value() -> CtValue {
         last_seen: 100,
         backend_id: 7,
         service_id: 3,
+        peer_address: [0; 16],
+        peer_port: [0; 2],
+        pad: [0; 2],
+        ifindex: 2,
     }
 }
 
@@ -65,6 +71,53 @@ fn a_pod_that_is_its_own_backend_talks_to_the_loopback_address() {
         assert_eq!((reverse.source, reverse.destination), (pod, loopback));
         assert_eq!(pair_of(&reverse, &back), (key, value));
     }
+}
+
+#[test]
+fn a_flow_with_both_sides_replaced_finds_its_pair() {
+    let peer = ipv4_mapped([10, 1, 0, 1]);
+    let to_a_service = CtValue {
+        flags: ct_flag::SNAT,
+        peer_address: peer,
+        peer_port: [4, 1],
+        ..value()
+    };
+    let masqueraded = CtValue {
+        nat_address: key().destination,
+        nat_port: key().destination_port,
+        ..to_a_service
+    };
+    for value in [to_a_service, masqueraded] {
+        let (reverse, back) = pair_of(&key(), &value);
+        assert_eq!(
+            (reverse.source, reverse.destination, reverse.destination_port),
+            (value.nat_address, peer, [4, 1])
+        );
+        assert_eq!(
+            (back.nat_address, back.peer_address, back.peer_port),
+            (key().destination, key().source, key().source_port)
+        );
+        assert_eq!(back.flags, ct_flag::SNAT | ct_flag::REVERSE);
+        assert_eq!(pair_of(&reverse, &back), (key(), value));
+    }
+}
+
+#[test]
+fn ports_are_tried_all_over_their_range_and_never_beyond() {
+    for (min, max) in [(1_024, 29_999), (1, u16::MAX), (7, 7)] {
+        let mut seen = [false; 65_536];
+        for hash in 0..400_000_u32 {
+            let port = u16::from_be_bytes(snat_port(hash.wrapping_mul(2_654_435_761), 0, min, max));
+            assert!((min..=max).contains(&port), "{port}");
+            seen[usize::from(port)] = true;
+        }
+        let missed = (min..=max).filter(|port| !seen[usize::from(*port)]).count();
+        assert!(missed * 50 <= usize::from(max - min), "{missed} of {min}..={max}");
+    }
+    let tries: std::collections::BTreeSet<_> = (0..SNAT_TRIES_MAX)
+        .map(|attempt| snat_port(12_345, attempt, 1_024, 29_999))
+        .collect();
+    assert_eq!(tries.len(), SNAT_TRIES_MAX as usize);
 }
 
 /// Plays packets (from the client or not, TCP flags) to a flow; returns the state after each.
