@@ -2,7 +2,7 @@
 //!
 //! In: frames and slices of every cluster, which clusters answer, which sources are listed in full. Out: [plans](crate::Plan).
 //! A change touches one service: its tables (`record`), its backend groups (`group`), the selection by tiers and affinity
-//! (`order`, `select`), slots by share (`allot`), Maglev tables (`table`). Where a service can be asked is in `exposed`,
+//! (`order`, `select`), slots by share (`allot`), Maglev tables (`table`). Which open flows end is in `flows`. Where a service can be asked is in `exposed`,
 //! frontends and their numbers are in `frontend`, operations in `drain`, restart in `restore`.
 //!
 //! Invariants: a remote cluster never adds a frontend that the local cluster does not have; an unanswering cluster's
@@ -19,6 +19,7 @@ mod change;
 mod contribute;
 mod drain;
 mod exposed;
+mod flows;
 mod frontend;
 mod group;
 mod order;
@@ -46,6 +47,7 @@ use self::{
     zones::Zones,
 };
 pub use self::{
+    flows::{DEPARTED_MAX, Departed, Destination, Flow},
     frontend::FrontendView,
     view::{BackendView, ServiceView, Stats, Unused},
 };
@@ -98,6 +100,8 @@ pub struct LoadBalancer {
     links: Vec<(u32, u32)>,
     /// Numbers to delete from the backend map, each with its failure domain.
     spare: Vec<(u32, u32)>,
+    /// Backends that drains saw leave.
+    departed: Departed,
 }
 
 impl LoadBalancer {
@@ -150,6 +154,7 @@ impl LoadBalancer {
             range_debris: Vec::new(),
             links: Vec::new(),
             spare: Vec::new(),
+            departed: Departed::default(),
         }
     }
 

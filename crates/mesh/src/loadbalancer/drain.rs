@@ -176,6 +176,7 @@ impl LoadBalancer {
             maglev,
             table_chunks,
             ramping,
+            departed,
             ..
         } = self;
         let group = &mut groups[number];
@@ -183,6 +184,9 @@ impl LoadBalancer {
         let mut delta = group.settle(context, backend_ids, |address, port| {
             take_loose(loose, (*address, port, protocol))
         });
+        for (address, port) in std::mem::take(&mut delta.left) {
+            departed.add((address, port, protocol));
+        }
         let domain = group.domain;
         if group.is_ramping() {
             ramping.insert(number);

@@ -95,6 +95,8 @@ pub(crate) struct Delta {
     pub(crate) starved: bool,
     /// Who takes traffic, or how much of it, may differ.
     pub(crate) reshared: bool,
+    /// Backends that may have left.
+    pub(crate) left: Vec<(Address, u16)>,
 }
 
 impl Group {
@@ -467,7 +469,9 @@ impl Group {
                 self.mark(at);
             }
         }
+        let picked = self.picked;
         self.settle_slots(context, &dirty, &mut delta.touched);
+        delta.left = self.departures(context, &dirty, picked);
         for &at in &dirty {
             let candidate = &mut self.candidates[at];
             if candidate.alive() {

@@ -4,6 +4,7 @@
 
 mod addresses;
 mod events;
+mod flows;
 mod maps;
 mod merge_table;
 mod naive;

@@ -35,6 +35,8 @@ struct Known {
     weight: u16,
     /// Counts as part of what its cluster is meant to have.
     meant: bool,
+    /// Terminating, serving or not.
+    leaving: bool,
     hints: Vec<Box<str>>,
 }
 
@@ -195,6 +197,47 @@ pub fn expected(tables: &Tables) -> Expected {
     result
 }
 
+/// Whether an open flow through a frontend ends.
+pub fn flow_ends(tables: &Tables, (ip, port): (Address, u16), proto: u8, target: &Target) -> bool {
+    let claims = claims(tables);
+    let mut found = [SCOPE_EXTERNAL, SCOPE_INTERNAL]
+        .into_iter()
+        .filter_map(|scope| {
+            let key = ServiceKey {
+                scope,
+                ..ServiceKey::frontend(ip, port, proto)
+            };
+            claims.get(&key)?.iter().min()
+        })
+        .peekable();
+    found.peek().is_some()
+        && found.all(|(_, (name, port_name, protocol, v4, node_only), _)| {
+            let frame = &tables.frames[&(LOCAL, (*name).clone())];
+            let said = named(tables, frame, port_name, *protocol, *v4, *node_only);
+            let known: BTreeMap<Target, Known> = said
+                .iter()
+                .map(|(key, known)| (*key, owner(known.clone())))
+                .collect();
+            let used = select(tables, frame, &known);
+            let lost = known
+                .get(target)
+                .is_some_and(|known| tables.unhealthy.contains(&known.cluster));
+            if used.contains_key(target) {
+                false
+            } else if lost && !used.is_empty() {
+                true
+            } else {
+                let leaving = said
+                    .get(target)
+                    .is_some_and(|said| said.iter().any(|one| one.leaving));
+                let usable = known
+                    .get(target)
+                    .is_some_and(|known| known.active || known.terminating);
+                !usable && !leaving
+            }
+        })
+}
+
 fn candidates(
     tables: &Tables,
     frame: &ServiceFrame,
@@ -203,6 +246,21 @@ fn candidates(
     v4: bool,
     node_only: bool,
 ) -> BTreeMap<Target, Known> {
+    named(tables, frame, port_name, protocol, v4, node_only)
+        .into_iter()
+        .map(|(key, known)| (key, owner(known)))
+        .collect()
+}
+
+/// What each slice that counts says of a backend.
+fn named(
+    tables: &Tables,
+    frame: &ServiceFrame,
+    port_name: &str,
+    protocol: Protocol,
+    v4: bool,
+    node_only: bool,
+) -> BTreeMap<Target, Vec<Known>> {
     let mut all: BTreeMap<Target, Vec<Known>> = BTreeMap::new();
     for ((cluster, name, _), slice) in &tables.slices {
         let joins = *cluster == LOCAL
@@ -251,18 +309,20 @@ fn candidates(
                 .push(known.clone());
         }
     }
-    let owner = |mut known: Vec<Known>| {
-        let cluster = known
-            .iter()
-            .map(|known| (known.cluster != LOCAL, known.cluster))
-            .min()
-            .map_or(0, |(_, cluster)| cluster);
-        known.retain(|known| known.cluster == cluster);
-        let best = known.iter().map(rank).min().unwrap_or(2);
-        let first = known.iter().find(|known| rank(known) == best);
-        first.unwrap_or(&known[0]).clone()
-    };
-    all.into_iter().map(|(key, known)| (key, owner(known))).collect()
+    all
+}
+
+/// The owner's word, the best of it.
+fn owner(mut known: Vec<Known>) -> Known {
+    let cluster = known
+        .iter()
+        .map(|known| (known.cluster != LOCAL, known.cluster))
+        .min()
+        .map_or(0, |(_, cluster)| cluster);
+    known.retain(|known| known.cluster == cluster);
+    let best = known.iter().map(rank).min().unwrap_or(2);
+    let first = known.iter().find(|known| rank(known) == best);
+    first.unwrap_or(&known[0]).clone()
 }
 
 fn rank(known: &Known) -> u8 {
@@ -282,6 +342,7 @@ fn known(cluster: u16, endpoint: &SliceEndpoint) -> Known {
         terminating,
         weight: endpoint.weight,
         meant: !endpoint.terminating,
+        leaving: endpoint.terminating,
         hints: endpoint.zone_hints.clone(),
     }
 }
