@@ -19,6 +19,7 @@ pub mod pins;
 pub mod preflight;
 pub mod programs;
 pub mod routes;
+pub mod sock_diag;
 #[allow(unsafe_code, reason = "the bpf system call")]
 mod sys;
 pub mod tables;
