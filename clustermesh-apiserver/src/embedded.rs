@@ -37,7 +37,7 @@ use bytes::Bytes;
 use isthmus_runtime::Health;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::{metrics::EmbeddedMetrics, shared::Shared};
+use crate::{metrics::EmbeddedMetrics, shared::Shared, store::HistoryLimits};
 use file::Opened;
 pub use refusal::Refusal;
 pub(crate) use select::holds_for;
@@ -70,7 +70,7 @@ impl Default for Limits {
                 revisions: 50_000,
                 bytes: 64 * 1024 * 1024,
             },
-            age: Duration::from_secs(3600),
+            age: HistoryLimits::AGE,
             quota_bytes: quota::DEFAULT,
             slack_bytes: 16 * 1024 * 1024,
         }

@@ -26,7 +26,11 @@ use isthmus_kvstore::{EtcdConfig, Options, follow};
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
 use isthmus_runtime::{CancellationToken, Health, Metrics};
 use isthmus_tls::ServerTls;
-use tokio::{net::TcpListener, sync::oneshot};
+use tokio::{
+    net::TcpListener,
+    sync::oneshot,
+    time::{Instant, MissedTickBehavior},
+};
 
 use embedded::file::{File, Opened};
 use metrics::{EmbeddedMetrics, MirrorMetrics, ServerMetrics, StoreMetrics};
@@ -51,6 +55,9 @@ pub enum StoreConfig {
         limits: embedded::Limits,
     },
 }
+
+/// Longest time between two looks for history that is too old.
+const AGE_LOOK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Everything that the server is told.
 #[derive(Clone, Debug)]
@@ -92,6 +99,7 @@ impl Config {
     pub const REMOTE_HISTORY: HistoryLimits = HistoryLimits {
         len: 10_000,
         bytes: 8 * 1024 * 1024,
+        age: HistoryLimits::AGE,
     };
 }
 
@@ -255,6 +263,11 @@ impl Bound {
             shared.clone(),
             feeding.clone(),
         ));
+        let age = tokio::spawn(age(
+            config.history.age.min(config.remote_history.age),
+            shared.clone(),
+            feeding.clone(),
+        ));
         let served = server::serve(
             listener,
             tls,
@@ -269,12 +282,26 @@ impl Bound {
         let result = served.await.context("the server failed");
         shutdown.cancel();
         feeding.cancel();
-        for task in [mirror, Some(measure)].into_iter().flatten() {
+        for task in [mirror, Some(measure), Some(age)].into_iter().flatten() {
             // A panic in a task is worth more than a clean end.
             task.await.context("a task of the server panicked")?;
         }
         source.await.context("a task of the server panicked")??;
         result
+    }
+}
+
+/// Lets history go that is older than its limits say; the least of them is `age`.
+async fn age(age: Duration, shared: Shared, shutdown: CancellationToken) {
+    let every = AGE_LOOK_INTERVAL.min(age / 10).max(Duration::from_millis(1));
+    let mut looks = tokio::time::interval(every);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let begun = Instant::now();
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            _ = looks.tick() => shared.update(|store| store.forget_aged(begun.elapsed())),
+        }
     }
 }
 

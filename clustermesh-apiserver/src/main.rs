@@ -52,6 +52,15 @@ struct Args {
         default_value = "10m"
     )]
     global_ready_timeout: String,
+    /// Changes older than this are forgotten, and who would go on from before them lists again: 30m, 1h, 12h; 0 = never for
+    /// their age. Their number and bytes are bounded in any case.
+    #[arg(
+        long,
+        env = "ISTHMUS_AUTO_COMPACTION_RETENTION",
+        value_name = "DURATION",
+        default_value = "1h"
+    )]
+    auto_compaction_retention: String,
     /// Address to serve etcd's API on.
     #[arg(long, env = "ISTHMUS_LISTEN", default_value = "0.0.0.0:2379")]
     listen: SocketAddr,
@@ -92,11 +101,15 @@ fn run(args: Args) -> anyhow::Result<()> {
         per_cluster: duration("per-cluster-ready-timeout", &args.per_cluster_ready_timeout)?,
         global: duration("global-ready-timeout", &args.global_ready_timeout)?,
     };
+    let age = match args.auto_compaction_retention.as_str() {
+        "0" => Duration::MAX,
+        _ => duration("auto-compaction-retention", &args.auto_compaction_retention)?,
+    };
     let config = Config {
         cluster: args.cluster_name,
         cluster_id,
         max,
-        store: args.store.config()?,
+        store: args.store.config(age)?,
         clustermesh_config: args.clustermesh_config,
         listen: args.listen,
         tls_cert_file: args.tls_cert_file,
@@ -105,8 +118,14 @@ fn run(args: Args) -> anyhow::Result<()> {
         admin_listen: Some(args.admin_listen),
         connection: Options::default(),
         limits: args.limits.limits()?,
-        history: HistoryLimits::default(),
-        remote_history: Config::REMOTE_HISTORY,
+        history: HistoryLimits {
+            age,
+            ..HistoryLimits::default()
+        },
+        remote_history: HistoryLimits {
+            age,
+            ..Config::REMOTE_HISTORY
+        },
         ready,
     };
     let runtime = tokio::runtime::Runtime::new().context("cannot start the runtime")?;

@@ -1,7 +1,10 @@
 //! The store as tasks share it: one writer at a time, many readers, and a wake-up that carries no data.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -9,8 +12,8 @@ use tokio::{runtime::Handle, sync::watch, time::Instant};
 
 use crate::store::Store;
 
-/// What one more waiting reader adds to the time between two rounds of wake-ups: a few times what it costs to wake it and to
-/// write to its connection, so that rounds leave most of a machine to others however many readers there are.
+/// What one more reader that is told something adds to the time between two rounds of wake-ups: a few times what it costs to
+/// wake it and to write to its connection, so that rounds leave most of a machine to others however many readers there are.
 const PACE_PER_READER: Duration = Duration::from_micros(40);
 /// Rounds are never further apart.
 const PACE_MAX: Duration = Duration::from_millis(50);
@@ -26,6 +29,8 @@ pub struct Shared {
     store: Arc<RwLock<Store>>,
     changed: Arc<watch::Sender<i64>>,
     rounds: Arc<Mutex<Rounds>>,
+    /// Readers that were told something since the last round began.
+    told: Arc<AtomicUsize>,
 }
 
 #[derive(Debug, Default)]
@@ -33,6 +38,8 @@ struct Rounds {
     last: Option<Instant>,
     /// A round will begin when the pause is over.
     waits: bool,
+    /// Readers that were told something in the round before the last one, which may not have come to its end.
+    told_before: usize,
 }
 
 /// The pause after a round of so many wake-ups.
@@ -46,15 +53,23 @@ fn pace(readers: usize) -> Duration {
 }
 
 impl Rounds {
-    /// Asks for a round. `None` = one that begins later will do; else when it begins, for which the caller has to care.
-    fn ask(&mut self, now: Instant, pause: Duration) -> Option<Instant> {
+    /// Asks for a round, when `told` readers were told something since the last one began. `None` = one that begins later will
+    /// do; else when it begins, for which the caller has to care.
+    fn ask(&mut self, now: Instant, told: usize) -> Option<Instant> {
         if self.waits {
             return None;
         }
+        let pause = pace(told.max(self.told_before));
         let at = self.last.map_or(now, |last| now.max(last + pause));
         self.waits = at > now;
         self.last = Some(at);
         Some(at)
+    }
+
+    /// A round begins, `told` readers after the last one.
+    fn begin(&mut self, told: usize) {
+        self.waits = false;
+        self.told_before = told;
     }
 }
 
@@ -66,6 +81,7 @@ impl Shared {
             store: Arc::new(RwLock::new(store)),
             changed: Arc::new(changed),
             rounds: Arc::default(),
+            told: Arc::default(),
         }
     }
 
@@ -82,31 +98,25 @@ impl Shared {
             (update(&mut store), store.merged_revision())
         };
         if *self.changed.borrow() != revision {
-            self.wake(revision);
+            self.wake();
         }
         result
     }
 
-    fn wake(&self, revision: i64) {
+    fn wake(&self) {
         let now = Instant::now();
-        let pause = pace(self.changed.receiver_count());
-        let at = self.rounds().ask(now, pause);
+        let at = self.rounds().ask(now, self.told.load(Ordering::Relaxed));
         match (at, Handle::try_current()) {
             (None, _) => {}
             (Some(at), Ok(runtime)) if at > now => {
                 let shared = self.clone();
                 runtime.spawn(async move {
                     tokio::time::sleep_until(at).await;
-                    // First: a change from here on asks for a round of its own.
-                    shared.rounds().waits = false;
-                    shared.begin_round(shared.read(Store::merged_revision));
+                    shared.begin_round();
                 });
             }
             // Without a runtime there is nobody to wake.
-            (Some(_), _) => {
-                self.rounds().waits = false;
-                self.begin_round(revision);
-            }
+            (Some(_), _) => self.begin_round(),
         }
     }
 
@@ -115,7 +125,10 @@ impl Shared {
         self.changed.send_modify(|_| ());
     }
 
-    fn begin_round(&self, revision: i64) {
+    fn begin_round(&self) {
+        // First: a change from here on asks for a round of its own.
+        self.rounds().begin(self.told.swap(0, Ordering::Relaxed));
+        let revision = self.read(Store::merged_revision);
         self.changed.send_if_modified(|seen| {
             let changed = *seen < revision;
             *seen = revision.max(*seen);
@@ -125,6 +138,12 @@ impl Shared {
 
     fn rounds(&self) -> std::sync::MutexGuard<'_, Rounds> {
         self.rounds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A reader is told something, for the first time since it was woken. Who only looks costs little, and who takes nothing
+    /// holds nobody up.
+    pub fn tells(&self) {
+        self.told.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Wakes whenever the merged revision moved.
@@ -148,26 +167,46 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_change_is_in_a_round_that_begins_within_the_pause(gaps in proptest::collection::vec(0u64..40_000, 1..60), pause in 0u64..50_000) {
-            let pause = Duration::from_micros(pause);
+        fn every_change_is_in_a_round_that_begins_within_the_pause(changes in proptest::collection::vec((0u64..40_000, 0usize..1500), 1..60)) {
             let (mut rounds, mut now) = (Rounds::default(), Instant::now());
-            let mut begun: Vec<Instant> = vec![];
+            // When rounds began, and how many readers each told.
+            let mut begun: Vec<(Instant, usize)> = vec![];
             let mut waiting: Option<Instant> = None;
-            for gap in gaps {
+            for (gap, told) in changes {
                 now += Duration::from_micros(gap);
+                let last = begun.last().map_or(0, |(_, told)| *told);
                 if let Some(at) = waiting.take_if(|at| *at <= now) {
-                    rounds.waits = false;
-                    begun.push(at);
+                    rounds.begin(last);
+                    begun.push((at, told));
                 }
-                match rounds.ask(now, pause) {
+                let last = begun.last().map_or(0, |(_, told)| *told);
+                match rounds.ask(now, last) {
                     None => prop_assert!(waiting.is_some()),
                     Some(at) if at > now => waiting = Some(at),
-                    Some(at) => begun.push(at),
+                    Some(at) => {
+                        rounds.begin(last);
+                        begun.push((at, told));
+                    }
                 }
-                let next = waiting.unwrap_or(now);
-                prop_assert!(next <= now + pause);
+                prop_assert!(waiting.unwrap_or(now) <= now + PACE_MAX);
             }
-            prop_assert!(begun.windows(2).all(|pair| pair[1] - pair[0] >= pause));
+            prop_assert!(begun.windows(2).all(|pair| pair[1].0 - pair[0].0 >= pace(pair[0].1)));
         }
+    }
+
+    #[test]
+    fn a_round_that_has_hardly_begun_holds_as_long_as_the_one_before() {
+        let (mut rounds, begin) = (Rounds::default(), Instant::now());
+        rounds.begin(500);
+        assert_eq!(rounds.ask(begin, 500), Some(begin));
+        rounds.begin(500);
+        // Three of them have taken theirs yet.
+        let at = rounds.ask(begin + Duration::from_millis(1), 3);
+        assert_eq!(at, Some(begin + Duration::from_millis(20)));
+        rounds.begin(3);
+        assert_eq!(
+            rounds.ask(begin + Duration::from_millis(21), 3),
+            Some(begin + Duration::from_millis(21))
+        );
     }
 }

@@ -11,6 +11,7 @@
 //! - Equal cluster ID and revision mean equal content. When a source's history is another one, the sub-store's watches end.
 //! - An event is encoded once; watches share its bytes and are cursors into a bounded history, never queues.
 
+mod age;
 mod content;
 mod encoded;
 mod entry;
@@ -34,6 +35,8 @@ pub use range::RangeError;
 pub use route::{Route, SubId};
 pub use sub::{Relist, SourceChange};
 pub use watch::{Cursor, Next, WatchStart};
+
+pub(crate) use age::Ages;
 
 use content::Content;
 use entry::{Batch, Entry};

@@ -1,7 +1,7 @@
 //! Flags that say where the own cluster's state is. Each belongs to one kind of store and is refused with the other, so that
 //! nobody believes in a flag that does nothing.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, ValueEnum};
 use isthmus_clustermesh_apiserver::{
@@ -42,8 +42,8 @@ pub struct StoreArgs {
 }
 
 impl StoreArgs {
-    /// The store that the flags say.
-    pub fn config(self) -> Result<StoreConfig, FlagError> {
+    /// The store that the flags say; an embedded one keeps its past for `age`.
+    pub fn config(self, age: Duration) -> Result<StoreConfig, FlagError> {
         let shown = |path: &PathBuf| path.display().to_string();
         let data_dir = self.data_dir.as_ref().map(shown);
         let quota = self.quota_backend_bytes.map(|bytes| bytes.to_string());
@@ -77,6 +77,7 @@ impl StoreArgs {
                 Ok(StoreConfig::Embedded {
                     data_dir,
                     limits: Limits {
+                        age,
                         quota_bytes: quota::of_flag(self.quota_backend_bytes.unwrap_or_default()),
                         ..Limits::default()
                     },
@@ -107,7 +108,11 @@ mod tests {
 
     fn check(flags: &[&str], want: Result<(), &str>) {
         let args = Program::try_parse_from([&["program"], flags].concat()).map_err(|error| error.to_string());
-        let got = args.and_then(|args| args.store.config().map_err(|error| error.to_string()));
+        let got = args.and_then(|args| {
+            args.store
+                .config(Duration::from_secs(3600))
+                .map_err(|error| error.to_string())
+        });
         match (got, want) {
             (Ok(_), Ok(())) => {}
             (Err(got), Err(want)) => assert!(got.starts_with(want), "{flags:?}: {got}"),

@@ -46,6 +46,7 @@ fn store() -> Option<Store> {
     let limits = HistoryLimits {
         len: 20,
         bytes: 10_000,
+        age: HistoryLimits::AGE,
     };
     let mut store = Store::new(own, 7, limits, limits).counting_from(1_000_000);
     let mirrored = SubId::Remote(remote, Kind::Nodes);

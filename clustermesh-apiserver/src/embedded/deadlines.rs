@@ -1,7 +1,7 @@
-//! When leases end, and which part of the past is too old to keep. Pure: the time is an argument.
+//! When leases end. Pure: the time is an argument.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet},
     time::Duration,
 };
 
@@ -65,40 +65,6 @@ impl Ends {
     }
 }
 
-/// Revisions at times, by which the age of the past is known. As many as there are looks within the age.
-#[derive(Clone, Debug)]
-pub(super) struct Ages {
-    age: Duration,
-    /// Oldest first.
-    marks: VecDeque<(Instant, i64)>,
-}
-
-impl Ages {
-    /// The past is kept for `age`.
-    pub(super) fn new(age: Duration) -> Self {
-        Self {
-            age,
-            marks: VecDeque::new(),
-        }
-    }
-
-    /// Takes a look, `now`, at `revision`. Returns the newest revision that is known to have been the present one at least the
-    /// age ago, or 0: what was replaced before it is too old.
-    pub(super) fn look(&mut self, now: Instant, revision: i64) -> i64 {
-        if self.marks.back().is_none_or(|(_, last)| *last < revision) {
-            self.marks.push_back((now, revision));
-        }
-        let mut aged = 0;
-        while let Some((_, revision)) = self
-            .marks
-            .pop_front_if(|(at, _)| now.saturating_duration_since(*at) >= self.age)
-        {
-            aged = revision;
-        }
-        aged
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -128,47 +94,5 @@ mod tests {
                 prop_assert_eq!(ends.left(id, now), left);
             }
         }
-
-        #[test]
-        fn what_is_too_old_is_known_within_a_look(age in 1u64..7200, looks in proptest::collection::vec((1u64..120, 0i64..50), 1..300)) {
-            let age = Duration::from_secs(age);
-            let mut ages = Ages::new(age);
-            let begin = Instant::now();
-            let (mut now, mut revision, mut aged) = (begin, 1, 0);
-            let mut seen: Vec<(Instant, i64)> = vec![];
-            for (gap, writes) in looks {
-                now += Duration::from_secs(gap);
-                revision += writes;
-                seen.push((now, revision));
-                aged = ages.look(now, revision).max(aged);
-                // The newest look that is old enough, or the first one at its revision.
-                let want = seen.iter().rev().find(|(_, revision)| {
-                    let first = seen.iter().find(|(_, other)| other == revision);
-                    first.is_some_and(|(at, _)| now - *at >= age)
-                });
-                prop_assert_eq!(aged, want.map_or(0, |(_, revision)| *revision));
-                prop_assert!(ages.marks.len() <= seen.iter().filter(|(at, _)| now - *at < age).count() + 1);
-            }
-        }
-    }
-
-    #[test]
-    fn an_hour_is_an_hour() {
-        let (mut ages, now) = (Ages::new(Duration::from_secs(3600)), Instant::now());
-        assert_eq!(ages.look(now, 100), 0);
-        assert_eq!(ages.look(now + Duration::from_secs(1800), 200), 0);
-        assert_eq!(ages.look(now + Duration::from_secs(3599), 300), 0);
-        assert_eq!(ages.look(now + Duration::from_secs(3600), 300), 100);
-        assert_eq!(ages.look(now + Duration::from_secs(5399), 300), 0);
-        assert_eq!(ages.look(now + Duration::from_secs(7200), 300), 300);
-    }
-
-    #[test]
-    fn the_longest_lease_can_be_kept() {
-        let (mut ends, now) = (Ends::default(), Instant::now());
-        ends.set(1, now, i64::MAX);
-        assert!(ends.left(1, now) > 1_000_000_000);
-        ends.keep(&BTreeMap::from([(2, 10)]), now);
-        assert_eq!((ends.left(1, now), ends.left(2, now)), (0, 10));
     }
 }

@@ -17,7 +17,7 @@ use tokio::{
 
 use super::{
     Answer, Ask, CallError, Command, LeaseInfo, Limits, Refusal, Reply, Standing,
-    deadlines::{Ages, Ends},
+    deadlines::Ends,
     disk::{Disk, Happened},
     file::{OpenError, Opened},
     quota,
@@ -26,7 +26,7 @@ use super::{
 use crate::{
     metrics::EmbeddedMetrics,
     shared::Shared,
-    store::{RangeError, Relist, Route, SourceChange, Store, SubId},
+    store::{Ages, RangeError, Relist, Route, SourceChange, Store, SubId},
 };
 
 /// Name of this part in the health register.
@@ -77,6 +77,8 @@ pub struct Task {
     limits: Limits,
     ends: Ends,
     ages: Ages,
+    /// Ages count from here.
+    begun: Instant,
     /// Why the disk is lost.
     lost: Option<Arc<str>>,
 }
@@ -112,7 +114,8 @@ pub(super) fn new(
         standing,
         limits,
         ends,
-        ages: Ages::new(limits.age),
+        ages: Ages::default(),
+        begun: Instant::now(),
         lost: None,
     };
     task.report();
@@ -296,7 +299,11 @@ impl Task {
     }
 
     fn on_tick(&mut self, now: Instant, group: &mut Group) {
-        let aged = self.ages.look(now, self.state.revision());
+        let aged = self.ages.look(
+            now.saturating_duration_since(self.begun),
+            self.state.revision(),
+            self.limits.age,
+        );
         if !self.disk.is_here() {
             return;
         }

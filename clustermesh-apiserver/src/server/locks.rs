@@ -33,6 +33,7 @@ const PREFIX: &str = "cilium/.initlock/";
 const HISTORY: HistoryLimits = HistoryLimits {
     len: 4096,
     bytes: 1024 * 1024,
+    age: Duration::MAX,
 };
 
 /// The lock space as calls share it.

@@ -35,6 +35,9 @@ const ALL_WATCHES: i64 = -1;
 /// gRPC.
 const FRAGMENT_LEN: usize = 2 * 1024 * 1024;
 
+/// Watches of a stream that are looked at before other streams have their turn.
+const LOOKS_AT_ONCE: usize = 256;
+
 struct Watch {
     cursor: Cursor,
     /// Of locks, which are a store of their own.
@@ -77,6 +80,8 @@ pub(super) struct WatchStream {
     next_id: i64,
     /// Merged revision up to which changes were looked at.
     seen: i64,
+    /// It has said something since then.
+    told: bool,
     ended: bool,
 }
 
@@ -105,6 +110,7 @@ impl WatchStream {
             queue: VecDeque::new(),
             next_id: 0,
             seen: context.shared.read(|store| store.merged_revision()),
+            told: false,
             ended: false,
             context,
         }
@@ -355,6 +361,7 @@ impl WatchStream {
             None => self.by_route.values().flatten().copied().collect(),
         };
         self.seen = store.merged_revision();
+        self.told = false;
         ids.into_iter().for_each(|id| self.enqueue(id));
     }
 
@@ -373,9 +380,16 @@ impl WatchStream {
             .for_each(|id| self.enqueue(id));
     }
 
-    /// What the next queued watch has to say.
-    fn next_events(&mut self) -> Option<Frame> {
+    /// What the next queued watch has to say. Pending = there are many of them, and others have their turn first.
+    fn poll_events(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Frame>> {
+        let mut looks = LOOKS_AT_ONCE;
         while let Some(id) = self.queue.pop_front() {
+            if looks == 0 {
+                self.queue.push_front(id);
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            looks -= 1;
             // Cancelled meanwhile.
             let Some(watch) = self.watches.get_mut(&id) else {
                 continue;
@@ -403,6 +417,9 @@ impl WatchStream {
                         // Others come first.
                         self.queue.push_back(id);
                     }
+                    if !std::mem::replace(&mut self.told, true) {
+                        self.context.shared.tells();
+                    }
                     self.context.metrics.events.inc_by(events.len() as u64);
                     let header = if of_locks { self.shown(header) } else { header };
                     let head = WatchResponse {
@@ -413,20 +430,20 @@ impl WatchStream {
                     let frame = Frame { head, events };
                     if fragment {
                         self.fragments = frame.into_fragments(FRAGMENT_LEN);
-                        return self.fragments.pop_front();
+                        return Poll::Ready(self.fragments.pop_front());
                     }
-                    return Some(frame);
+                    return Poll::Ready(Some(frame));
                 }
                 Some(Next::Compacted {
                     header,
                     compact_revision,
                 }) => {
                     self.end(id, header, compact_revision);
-                    return self.control.pop_front();
+                    return Poll::Ready(self.control.pop_front());
                 }
             }
         }
-        None
+        Poll::Ready(None)
     }
 
     /// Tells watches that have seen everything how far that is: all of them if `asked`, else those that wanted to be told.
@@ -507,8 +524,10 @@ impl WatchStream {
             if !self.control.is_empty() {
                 continue;
             }
-            if let Some(frame) = self.next_events() {
-                return Poll::Ready(Some(Ok(frame)));
+            match self.poll_events(cx) {
+                Poll::Ready(Some(frame)) => return Poll::Ready(Some(Ok(frame))),
+                Poll::Ready(None) => {}
+                Poll::Pending => return Poll::Pending,
             }
             if self.progress_asked {
                 self.progress(true);

@@ -1,8 +1,8 @@
 //! A bounded ring of batches in revision order, and how far back it reaches.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use super::{Store, SubId, entry::Batch};
+use super::{Store, SubId, age::Ages, entry::Batch};
 
 /// How much history is kept. What is dropped counts as compacted.
 #[derive(Clone, Copy, Debug)]
@@ -11,6 +11,13 @@ pub struct HistoryLimits {
     pub len: usize,
     /// Most bytes, counting keys, values and replaced values.
     pub bytes: usize,
+    /// Longest time.
+    pub age: Duration,
+}
+
+impl HistoryLimits {
+    /// As etcd is told to keep it in Cilium's clusters.
+    pub const AGE: Duration = Duration::from_secs(3600);
 }
 
 impl Default for HistoryLimits {
@@ -18,6 +25,7 @@ impl Default for HistoryLimits {
         Self {
             len: 100_000,
             bytes: 64 * 1024 * 1024,
+            age: Self::AGE,
         }
     }
 }
@@ -33,6 +41,7 @@ pub(super) struct History {
     content_floor: i64,
     /// Batches from this revision on, up to the floor, are on their way.
     expected: Option<i64>,
+    ages: Ages,
 }
 
 impl History {
@@ -44,6 +53,7 @@ impl History {
             floor: revision,
             content_floor: revision,
             expected: None,
+            ages: Ages::default(),
         }
     }
 
@@ -121,6 +131,18 @@ impl History {
         }
         self.floor = self.floor.max(revision - 1);
         self.content_floor = self.content_floor.max(revision);
+    }
+
+    /// Forgets what is older than `age`.
+    pub(super) fn forget_aged(&mut self, now: Duration, age: Duration) {
+        // The last batch's own revision, not how far this is known to be complete: who watches has seen no more than that.
+        let Some((last, _)) = self.batches.back() else {
+            return;
+        };
+        let aged = self.ages.look(now, *last, age);
+        if aged > 0 {
+            self.compact(aged);
+        }
     }
 
     /// Batches from `revision` on, oldest first.

@@ -1,6 +1,6 @@
 //! The store against a plain model: every revision's whole content kept, every event kept.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use isthmus_proto::{
     etcdserverpb::{
@@ -170,7 +170,7 @@ proptest! {
     ) {
         let prefix = PREFIXES[prefix];
         let mut model = Model { revision: 100, ..Default::default() };
-        let mut store = store(HistoryLimits { len, bytes: usize::MAX });
+        let mut store = store(HistoryLimits { len, bytes: usize::MAX, age: Duration::MAX });
         let listed = listed.min(history.len());
         for ops in &history[..listed] {
             model.transact(ops);
@@ -262,7 +262,7 @@ proptest! {
         len in 1usize..8,
     ) {
         let mut model = Model { revision: 100, ..Default::default() };
-        let mut store = store(HistoryLimits { len, bytes: usize::MAX });
+        let mut store = store(HistoryLimits { len, bytes: usize::MAX, age: Duration::MAX });
         let relist = |store: &mut Store, model: &Model, new_history| {
             let present = model.range(i64::MAX, "");
             let changes = present.iter().map(|kv| change(EventType::Put, kv)).collect();

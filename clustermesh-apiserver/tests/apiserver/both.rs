@@ -204,6 +204,13 @@ impl Session {
         plain(&mut answer.header);
         answer
     }
+
+    /// The next two answers, by their watches.
+    pub async fn two(&mut self) -> [WatchResponse; 2] {
+        let mut two = [self.plain().await, self.plain().await];
+        two.sort_by_key(|answer| answer.watch_id);
+        two
+    }
 }
 
 /// One stream to each of the two.

@@ -1,5 +1,7 @@
 //! An API server: the real store and ingest, fed by a follower, and what it says to those who read it.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use isthmus_clustermesh_apiserver::{
     ingest::{Ingest, Ingested, IngestedPast, past_before},
@@ -180,6 +182,7 @@ impl Replica {
 
     pub fn tick(&mut self, now_ms: u64) {
         self.ingest.on_tick(&mut self.store, &self.sub, now_ms);
+        self.store.forget_aged(Duration::from_millis(now_ms));
     }
 
     // As a server.

@@ -1,5 +1,7 @@
 //! The world: who is there, what may happen next, and what happens.
 
+use std::time::Duration;
+
 use isthmus_clustermesh_apiserver::{ingest::HOLD_MS, store::HistoryLimits};
 use isthmus_kvstore::follower::Input;
 use isthmus_proto::mvccpb::KeyValue;
@@ -54,13 +56,18 @@ pub struct World {
 impl World {
     pub fn new(seed: u64, mood: Mood, fault: Fault) -> Self {
         let mut random = StdRng::seed_from_u64(seed);
-        let (history, len) = match mood {
-            Mood::Wild => (random.random_range(0..60), random.random_range(2..60)),
-            Mood::Calm | Mood::Long => (1_000_000, 1_000_000),
+        let (history, len, age_ms) = match mood {
+            Mood::Wild => (
+                random.random_range(0..60),
+                random.random_range(2..60),
+                random.random_range(1..60_000),
+            ),
+            Mood::Calm | Mood::Long => (1_000_000, 1_000_000, u64::MAX),
         };
         let limits = HistoryLimits {
             len,
             bytes: usize::MAX,
+            age: Duration::from_millis(age_ms),
         };
         let mut world = Self {
             mood,
