@@ -115,6 +115,12 @@ pub struct Args {
     /// processes of the node itself do not reach services.
     #[arg(long, env = "ISTHMUS_BPF_LB_SOCK", value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     bpf_lb_sock: bool,
+    /// End the open flows of backends that leave also in pods, and not only those of processes of the node itself.
+    #[arg(long, env = "ISTHMUS_BPF_LB_SOCK_TERMINATE_POD_CONNECTIONS", value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    bpf_lb_sock_terminate_pod_connections: bool,
+    /// End TCP connections to backends that leave, and not only connected UDP sockets.
+    #[arg(long, env = "ISTHMUS_BPF_LB_SOCK_TERMINATE_ALL_PROTOS", value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    bpf_lb_sock_terminate_all_protos: bool,
     /// What a packet to a service without backends meets: `reject` (a reset or ICMP unreachable at once) or `drop`.
     #[arg(
         long,
@@ -215,6 +221,10 @@ pub struct Config {
     pub health_port: Option<u16>,
     /// Translate at the socket.
     pub socket_lb: bool,
+    /// End open flows of backends that leave in pods too.
+    pub end_pod_flows: bool,
+    /// End TCP connections of backends that leave.
+    pub end_tcp_flows: bool,
     /// Answer packets to services without backends.
     pub no_backend_answer: bool,
     /// Time between two sweeps of the conntrack table.
@@ -355,6 +365,8 @@ impl Args {
             maglev,
             health_port: (self.cluster_health_port != 0).then_some(self.cluster_health_port),
             socket_lb: self.bpf_lb_sock,
+            end_pod_flows: self.bpf_lb_sock_terminate_pod_connections,
+            end_tcp_flows: self.bpf_lb_sock_terminate_all_protos,
             no_backend_answer,
             conntrack_gc_interval,
             unreachable_after,
@@ -428,6 +440,7 @@ mod tests {
         assert_eq!(config.maglev, MaglevConfig::default());
         assert_eq!(config.health_port, Some(4240));
         assert!(config.socket_lb && config.no_backend_answer);
+        assert!(config.end_pod_flows && config.end_tcp_flows);
         let Ok(Command::Run(config)) =
             check(&["--bpf-lb-sock=false", "--service-no-backend-response", "drop"])
         else {

@@ -8,11 +8,11 @@
 //!                                     ^      |   |  \----watch----->  prober   (UDP through the tunnels)
 //!     CNI plugin --gRPC--> keeper ----+      |   +------ watch ---->  network  (device, routes)
 //!                            |  \------------|----- endpoints ------>    "
-//!     CLI ---gRPC---> api::local --questions-+
+//!     CLI ---gRPC---> api::local --questions-+------ departed ----->  open_flows (sockets)
 //! ```
 //!
 //! One task each, beside `housekeeping` (counters) and `conntrack` (sweeps); every queue is bounded. Pure: [`state`], [`sources`], [`decode`], [`endpoints`], [`ipam`], [`node`],
-//! [`probe`], [`status`]; the others are shells.
+//! [`probe`], [`status`], what is below [`open_flows`]; the others are shells.
 //!
 //! Invariants: the maps are written by `rounds` alone; a lost upstream, a stopped or restarted agent removes nothing;
 //! [`cleanup`] does.
@@ -27,6 +27,7 @@ pub mod ipam;
 mod metrics;
 pub mod network;
 pub mod node;
+pub mod open_flows;
 pub mod probe;
 mod prober;
 mod rounds;
@@ -38,7 +39,7 @@ use std::{sync::Arc, time::Instant};
 
 use anyhow::Context;
 use isthmus_bpf_abi::feature;
-use isthmus_datapath::{Datapath, DatapathConfig, teardown};
+use isthmus_datapath::{Datapath, DatapathConfig, sock_diag::Protocol, teardown};
 use isthmus_kvstore::{EtcdConfig, Options, follow};
 use isthmus_mesh::{Reach, reach::ReachConfig};
 use isthmus_proto::agent::{cni_server::CniServer, local_server::LocalServer};
@@ -127,6 +128,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         }
         !fresh
     });
+    let open_flows = probe_open_flows(&config, &metrics).await?;
     let mut state = State::new(
         state::Identity {
             cluster: config.cluster.clone(),
@@ -149,6 +151,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         fresh,
         compare_error: None,
         reach: vec![],
+        no_failover: open_flows.lacking,
     };
 
     let following = follow(etcd.clone(), Options::default(), [], shutdown.clone());
@@ -212,6 +215,20 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         metrics.clone(),
         shutdown.clone(),
     ));
+    let inbox = (!open_flows.protocols.is_empty()).then(open_flows::Inbox::default);
+    if let Some(inbox) = &inbox {
+        tasks.spawn(open_flows::run(
+            Arc::clone(&datapath),
+            open_flows::Settings {
+                protocols: open_flows.protocols,
+                pods: config.end_pod_flows,
+            },
+            inbox.clone(),
+            handle.clone(),
+            metrics.clone(),
+            shutdown.clone(),
+        ));
+    }
     let server = tonic::transport::Server::builder()
         .add_service(CniServer::new(api::cni::CniService::new(calls_in)))
         .add_service(LocalServer::new(api::local::LocalService::new(handle, etcd)))
@@ -238,6 +255,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
             targets: targets_in,
             pods: pods_in,
             health,
+            open_flows: inbox,
             metrics,
         },
         reach,
@@ -257,6 +275,21 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     // A socket file that nobody answers on is also replaced at the next start.
     let _ = std::fs::remove_file(&config.places.socket_path);
     result
+}
+
+/// What can be done about open flows of backends that leave, of what is wanted.
+async fn probe_open_flows(
+    config: &Config,
+    metrics: &metrics::AgentMetrics,
+) -> anyhow::Result<open_flows::Support> {
+    let wanted: &[Protocol] = match (config.socket_lb, config.end_tcp_flows) {
+        // Without hooks nothing is translated at sockets.
+        (false, _) => &[],
+        (true, false) => &[Protocol::Udp],
+        (true, true) => &Protocol::ALL,
+    };
+    let metrics = metrics.clone();
+    Ok(tokio::task::spawn_blocking(move || open_flows::probe(wanted, &metrics)).await?)
 }
 
 /// Waits for the end of all tasks. The first one that ends, or fails, without a shutdown ends the others.

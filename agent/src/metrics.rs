@@ -79,6 +79,13 @@ pub struct OutcomeLabel {
     pub outcome: &'static str,
 }
 
+/// Label of a protocol.
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+pub struct ProtocolLabel {
+    /// `tcp` or `udp`.
+    pub protocol: &'static str,
+}
+
 type FloatGauge = Gauge<f64, AtomicU64>;
 
 /// Handles of all metrics. Cheap to clone.
@@ -144,6 +151,14 @@ pub struct AgentMetrics {
     pub conntrack_sweeps: Family<OutcomeLabel, Counter>,
     /// How long a sweep takes.
     pub conntrack_sweep_seconds: Histogram,
+    /// Open flows of backends that left.
+    pub sockets_ended: Family<ProtocolLabel, Counter>,
+    /// Whether the kernel can end sockets.
+    pub sockets_endable: Family<ProtocolLabel, Gauge>,
+    /// Walks over the namespaces for such flows.
+    pub socket_walks: Family<OutcomeLabel, Counter>,
+    /// How long a walk takes.
+    pub socket_walk_seconds: Histogram,
 }
 
 impl AgentMetrics {
@@ -282,6 +297,26 @@ impl AgentMetrics {
             conntrack_sweep_seconds: metrics.register(
                 "conntrack_sweep_duration_seconds",
                 "Time that a sweep of the conntrack table takes",
+                histogram(),
+            ),
+            sockets_ended: metrics.register(
+                "datapath_sockets_ended",
+                "Sockets that were ended because the backend of their flow left",
+                Family::default(),
+            ),
+            sockets_endable: metrics.register(
+                "datapath_sockets_endable",
+                "Whether this kernel can end sockets, for each protocol for which that is wanted",
+                Family::default(),
+            ),
+            socket_walks: metrics.register(
+                "datapath_socket_walks",
+                "Walks over network namespaces for sockets of backends that left",
+                Family::default(),
+            ),
+            socket_walk_seconds: metrics.register(
+                "datapath_socket_walk_duration_seconds",
+                "Time from looking for sockets of backends that left until they are ended",
                 histogram(),
             ),
         }

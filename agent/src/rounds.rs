@@ -26,7 +26,7 @@ use std::{
 use isthmus_bpf_abi::EndpointKey;
 use isthmus_datapath::{ApplyReport, Datapath, MapError, OpError};
 use isthmus_kvstore::{Feed, Feeds, Update};
-use isthmus_mesh::{MapOp, Reach, Reconciler, op::Object, reconcile::RetryConfig};
+use isthmus_mesh::{MapOp, Reach, Reconciler, loadbalancer::Departed, op::Object, reconcile::RetryConfig};
 use isthmus_runtime::{CancellationToken, Health};
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -40,6 +40,7 @@ use crate::{
     metrics::{AgentMetrics, MapOpLabels},
     network::RemoteCidrs,
     node::LocalNode,
+    open_flows::Inbox,
     prober::{ClusterData, ProbeTargets, Verdicts},
     state::{Event, FeedChange, MapDump},
     status::{self, Facts},
@@ -114,6 +115,8 @@ pub struct Outputs {
     pub pods: watch::Sender<Result<(), String>>,
     /// Readiness.
     pub health: Health,
+    /// Backends that left; `None` if their open flows are left alone.
+    pub open_flows: Option<Inbox>,
     /// Metrics.
     pub metrics: AgentMetrics,
 }
@@ -148,6 +151,8 @@ pub struct Rounds {
     clusters: ClusterData,
     counters: crate::housekeeping::Counters,
     retried_at: Duration,
+    /// Backends that leave with the open round.
+    departed: Departed,
 }
 
 impl Rounds {
@@ -185,6 +190,7 @@ impl Rounds {
             clusters: Arc::from([]),
             counters: Default::default(),
             retried_at: Duration::ZERO,
+            departed: Departed::default(),
         }
     }
 
@@ -332,6 +338,7 @@ impl Rounds {
 
     fn begin_round(&mut self, now: Duration) {
         let plan = self.facts.state.drain(IPCACHE_ROUND_MAX);
+        self.departed.merge(&self.facts.state.take_departed());
         self.endpoints_dirty = false;
         self.revision += 1;
         self.round_since = self.next_since.take();
@@ -403,6 +410,13 @@ impl Rounds {
     fn end_round(&mut self) {
         self.round_open = false;
         self.facts.progress = self.reconciler.progress();
+        // Not before: who connects anew must not meet them again.
+        let departed = std::mem::take(&mut self.departed);
+        if let Some(inbox) = &self.outputs.open_flows
+            && !departed.is_empty()
+        {
+            inbox.add(&departed);
+        }
         if let Some(since) = self.round_since.take() {
             self.outputs
                 .metrics

@@ -25,7 +25,7 @@ use std::{
 };
 
 use isthmus_bpf_abi::{Endpoint as EndpointEntry, EndpointKey, IpcacheKey, IpcacheValue};
-use isthmus_mesh::{Ipcache, LbDump, LoadBalancer, MaglevConfig, Plan, Routes};
+use isthmus_mesh::{Ipcache, LbDump, LoadBalancer, MaglevConfig, Plan, Routes, loadbalancer::Departed};
 use isthmus_model::{
     ClusterId, ClusterName, IdentityRange, Labels, MaxConnectedClusters, Node, NumericIdentity, ServiceName,
 };
@@ -278,6 +278,11 @@ impl State {
         plan.merge(self.ipcache.drain_at_most(ipcache_max));
         plan.merge(self.local.drain());
         plan
+    }
+
+    /// Backends that may have left in the drains since the last call.
+    pub fn take_departed(&mut self) -> Departed {
+        self.lb.take_departed()
     }
 
     /// Whether [`Self::drain`] has something to do.

@@ -71,6 +71,8 @@ pub struct Facts {
     pub compare_error: Option<String>,
     /// Which remote clusters can be reached.
     pub reach: Vec<(ClusterName, Judgement)>,
+    /// Why open flows of backends that leave are not ended, although they should be.
+    pub no_failover: Option<String>,
 }
 
 /// One subsystem.
@@ -358,8 +360,13 @@ fn datapath(facts: &Facts) -> Health {
         (Network::NotReady(why), ..) => Health::Starting(why.clone()),
         (_, _, Some(error)) => Health::Degraded(format!("maps cannot be compared: {error}")),
         (Network::Ready { mtu }, ..) => Health::Ok(format!(
-            "programs attached, overlay up with MTU {mtu}, {} map operations applied",
-            facts.progress.applied_total
+            "programs attached, overlay up with MTU {mtu}, {} map operations applied{}",
+            facts.progress.applied_total,
+            facts
+                .no_failover
+                .as_ref()
+                .map(|why| format!("; {why}"))
+                .unwrap_or_default()
         )),
     }
 }
@@ -460,6 +467,7 @@ mod tests {
             fresh: true,
             compare_error: None,
             reach: vec![],
+            no_failover: None,
         }
     }
 
