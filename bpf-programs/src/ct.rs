@@ -1,9 +1,9 @@
 //! Conntrack of translated flows: finding, making and keeping alive the two entries of a flow.
 
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
-use isthmus_bpf_abi::{CtKey, CtValue, DropReason, ct_is_expired, ct_pair, ct_state, ct_step};
+use isthmus_bpf_abi::{CtKey, CtValue, DropReason, ct_flag, ct_is_expired, ct_pair, ct_state, ct_step};
 
-use crate::{tables, work::Work};
+use crate::{snat, tables, work::Work};
 
 const NANOSECONDS: u64 = 1_000_000_000;
 
@@ -20,8 +20,12 @@ pub fn now() -> u32 {
 pub fn create(work: &mut Work, tcp_flags: u8) -> Result<(), DropReason> {
     (work.flow.state, work.flow.flags) =
         ct_step(work.tuple.proto, work.flow.state, work.flow.flags, tcp_flags);
-    ct_pair(&work.tuple, &work.flow, &mut work.pair_key, &mut work.pair);
-    tables::put_flow(&work.pair_key, &work.pair).map_err(|_| DropReason::CtFull)?;
+    if work.flow.flags & ct_flag::SNAT != 0 {
+        snat::claim(work)?;
+    } else {
+        ct_pair(&work.tuple, &work.flow, &mut work.pair_key, &mut work.pair);
+        tables::put_flow(&work.pair_key, &work.pair).map_err(|_| DropReason::CtFull)?;
+    }
     tables::put_flow(&work.tuple, &work.flow).map_err(|_| DropReason::CtFull)
 }
 
@@ -46,8 +50,13 @@ pub fn touch(work: &mut Work, entry: *mut CtValue, tcp_flags: u8) {
     let now = now();
     let flow = &mut work.flow;
     let (state, flags) = ct_step(work.tuple.proto, flow.state, flow.flags, tcp_flags);
-    if state == flow.state && flags == flow.flags && now == flow.last_seen {
+    // The client comes another way than before.
+    let moved = work.outside != 0 && flags & ct_flag::REVERSE == 0 && flow.ifindex != work.outside;
+    if state == flow.state && flags == flow.flags && now == flow.last_seen && !moved {
         return;
+    }
+    if moved {
+        flow.ifindex = work.outside;
     }
     flow.state = state;
     flow.flags = flags;
@@ -58,6 +67,7 @@ pub fn touch(work: &mut Work, entry: *mut CtValue, tcp_flags: u8) {
         (*entry).state = state;
         (*entry).flags = flags;
         (*entry).last_seen = now;
+        (*entry).ifindex = flow.ifindex;
     }
     refresh_pair(work);
 }
@@ -68,12 +78,16 @@ fn refresh_pair(work: &mut Work) -> u32 {
     match tables::flow(&work.pair_key) {
         // SAFETY: as in `touch`.
         Some(other) => unsafe {
-            // Else the client has begun another flow with these ports, which owns the entry now.
             if is_same(&*other, &work.pair) {
                 (*other).state = work.pair.state;
                 (*other).flags = work.pair.flags;
                 (*other).last_seen = work.pair.last_seen;
+                (*other).ifindex = work.pair.ifindex;
+            } else if work.flow.flags & ct_flag::SNAT != 0 {
+                // The port is another flow's since this one's entry for it was evicted: no answer would come back.
+                tables::remove_flow(&work.tuple);
             }
+            // Else the client has begun another flow with these ports, which owns the entry now.
         },
         // Without memory for it the next second tries again.
         None => drop(tables::put_flow(&work.pair_key, &work.pair)),
@@ -102,6 +116,9 @@ pub fn collides(tuple: &CtKey, flow: &CtValue, pair_key: &mut CtKey) -> bool {
 
 /// Whether two entries translate alike.
 #[inline(always)]
-fn is_same(a: &CtValue, b: &CtValue) -> bool {
-    a.nat_address == b.nat_address && a.nat_port == b.nat_port
+pub fn is_same(a: &CtValue, b: &CtValue) -> bool {
+    a.nat_address == b.nat_address
+        && a.nat_port == b.nat_port
+        && a.peer_address == b.peer_address
+        && a.peer_port == b.peer_port
 }

@@ -15,7 +15,7 @@ use crate::{
     ct, icmp, l4,
     nat::{Side, rewrite},
     select::{Request, Selection, select},
-    tables,
+    snat, tables, words,
     work::Work,
 };
 
@@ -43,6 +43,12 @@ pub fn forward(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
     if tables::service(&frontend(&work.tuple)).is_none() {
         return Ok(());
     }
+    to_backend(ctx, work)
+}
+
+/// Sends the packet of the flow in `work.tuple`, which is to a frontend, to the flow's backend; see [`forward`].
+#[inline(never)]
+pub fn to_backend(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
     let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;
     if let Err(reason) = find_backend(work, tcp_flags) {
         work.packet.outcome = reason;
@@ -60,6 +66,8 @@ pub fn forward(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
         let loopback = loopback_of(&work.packet.source);
         replace_address(ctx, work, Side::Source, &loopback)?;
         work.packet.source = loopback;
+    } else if work.flow.flags & ct_flag::SNAT != 0 {
+        hide_client(ctx, work)?;
     }
     work.packet.outcome = DropReason::Translated;
     Ok(())
@@ -78,10 +86,12 @@ pub fn backward(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
     let Some(entry) = tables::flow(&work.tuple) else {
         return Ok(());
     };
-    // SAFETY: see `ct::touch`.
-    work.flow = unsafe { *entry };
-    // A packet with the loopback address never comes from another device than the pod's own.
-    if work.flow.flags & (ct_flag::REVERSE | ct_flag::HAIRPIN) != ct_flag::REVERSE {
+    words::copy_flow(entry, &mut work.flow);
+    // A packet with the loopback address never comes from another device than the pod's own. A flow through no service is
+    // masquerading's.
+    if work.flow.flags & (ct_flag::REVERSE | ct_flag::HAIRPIN) != ct_flag::REVERSE
+        || work.flow.service_id == 0
+    {
         return Ok(());
     }
     come_back(ctx, work, entry)
@@ -91,21 +101,21 @@ pub fn backward(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
 #[inline(always)]
 fn answer_to_itself(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
     let entry = tables::flow(&work.tuple).ok_or(DropReason::LoopbackUnknown)?;
-    // SAFETY: see `ct::touch`.
-    work.flow = unsafe { *entry };
+    words::copy_flow(entry, &mut work.flow);
     if work.flow.flags & ct_flag::REVERSE == 0 {
         return Err(DropReason::LoopbackUnknown);
     }
-    come_back(ctx, work, entry)?;
     let itself = work.packet.source;
+    come_back(ctx, work, entry)?;
     replace_address(ctx, work, Side::Destination, &itself)?;
     work.packet.destination = itself;
     Ok(())
 }
 
-/// Lets a backend's packet seem to come from the frontend.
-#[inline(always)]
-fn come_back(ctx: &TcContext, work: &mut Work, entry: *mut CtValue) -> Result<(), DropReason> {
+/// Lets a backend's packet seem to come from the frontend, and go to the client if the backend knows it by another address.
+/// Every entry of the way back that a pod's hooks meet, [`ct_flag::HAIRPIN`] or not, is one of these.
+#[inline(never)]
+pub fn come_back(ctx: &TcContext, work: &mut Work, entry: *mut CtValue) -> Result<(), DropReason> {
     let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;
     ct::touch(work, entry, tcp_flags);
     l4::remember_fragment(&work.packet, &work.tuple);
@@ -115,7 +125,32 @@ fn come_back(ctx: &TcContext, work: &mut Work, entry: *mut CtValue) -> Result<()
         (&work.flow.nat_address, work.flow.nat_port),
     );
     work.packet.outcome = DropReason::Translated;
-    rewrite(ctx, &work.packet, &work.change)
+    rewrite(ctx, &work.packet, &work.change)?;
+    work.packet.source = work.flow.nat_address;
+    if work.flow.flags & ct_flag::SNAT == 0 {
+        return Ok(());
+    }
+    work.change.set(
+        Side::Destination,
+        (&work.tuple.destination, work.tuple.destination_port),
+        (&work.flow.peer_address, work.flow.peer_port),
+    );
+    rewrite(ctx, &work.packet, &work.change)?;
+    work.packet.destination = work.flow.peer_address;
+    Ok(())
+}
+
+/// Gives the packet of the flow in `work` the node's address and the flow's port as its source.
+#[inline(always)]
+pub fn hide_client(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
+    work.change.set(
+        Side::Source,
+        (&work.tuple.source, work.tuple.source_port),
+        (&work.flow.peer_address, work.flow.peer_port),
+    );
+    rewrite(ctx, &work.packet, &work.change)?;
+    work.packet.source = work.flow.peer_address;
+    Ok(())
 }
 
 #[inline(always)]
@@ -158,8 +193,7 @@ fn known(work: &mut Work, tcp_flags: u8) -> Standing {
     let Some(entry) = tables::flow(&work.tuple) else {
         return Standing::MovesOn;
     };
-    // SAFETY: see `ct::touch`.
-    work.flow = unsafe { *entry };
+    words::copy_flow(entry, &mut work.flow);
     let standing = standing(&work.flow, work.tuple.proto, tcp_flags);
     if matches!(standing, Standing::Stays) {
         ct::touch(work, entry, tcp_flags);
@@ -207,6 +241,10 @@ fn choose_among(work: &mut Work, all: bool) -> Result<(), DropReason> {
     let number = tuple_hash(tuple);
     flow.state = ct_state::OPENING;
     flow.last_seen = ct::now();
+    flow.ifindex = work.outside;
+    words::clear(&mut flow.peer_address);
+    flow.peer_port = [0; 2];
+    flow.pad = [0; 2];
     work.frontend = frontend(tuple);
     work.client.client = tuple.source;
     work.client.kind = affinity_kind::ADDRESS;
@@ -215,6 +253,7 @@ fn choose_among(work: &mut Work, all: bool) -> Result<(), DropReason> {
         frontend: &mut work.frontend,
         client: &mut work.client,
         flow: Some(number),
+        outside: work.outside != 0,
     };
     let usable = |backend_id, backend: &Backend| match take(tuple, flow, pair_key, backend, backend_id) {
         Err(DropReason::TupleInUse) if all => Ok(()),
@@ -224,11 +263,9 @@ fn choose_among(work: &mut Work, all: bool) -> Result<(), DropReason> {
     match found {
         Selection::Backend { service_id } => {
             work.flow.service_id = service_id;
-            work.flow.flags = if work.flow.nat_address == work.tuple.source {
-                ct_flag::HAIRPIN
-            } else {
-                0
-            };
+            if work.outside == 0 && work.flow.nat_address == work.tuple.source {
+                work.flow.flags = ct_flag::HAIRPIN;
+            }
             Ok(())
         }
         Selection::Nowhere(reason) => Err(reason),
@@ -252,14 +289,22 @@ fn take(
     flow.nat_address = backend.address;
     flow.nat_port = backend.port;
     flow.backend_id = backend_id;
+    flow.flags = 0;
+    if flow.ifindex != 0 && tables::endpoint(&backend.address).is_none() {
+        // Answers of a backend elsewhere must come back through this node.
+        flow.peer_address = snat::source_towards(&backend.address)?;
+        flow.flags = ct_flag::SNAT;
+        return Ok(());
+    }
     if ct::collides(tuple, flow, pair_key) {
         return Err(DropReason::TupleInUse);
     }
     Ok(())
 }
 
+/// The frontend that packets of a flow would be for.
 #[inline(always)]
-fn frontend(tuple: &CtKey) -> ServiceKey {
+pub fn frontend(tuple: &CtKey) -> ServiceKey {
     ServiceKey {
         address: tuple.destination,
         port: tuple.destination_port,

@@ -1,12 +1,11 @@
 //! Packets that a pod sends: ingress of the host's side of its veth pair.
 //!
 //! A packet with a source that is not the pod's is dropped; one for a frontend gets a backend, or is answered at once if
-//! there is none. Then one for a pod of this node goes there directly; one for an address behind another node goes into
+//! there is none. An answer to a client outside gets the frontend's address and leaves. Then one for a pod of this node goes there directly; one for an address behind another node goes into
 //! the overlay with the pod's identity; the rest is the stack's.
 
 use aya_ebpf::{
-    bindings::{TC_ACT_OK, TC_ACT_REDIRECT, TC_ACT_SHOT},
-    helpers::bpf_redirect,
+    bindings::{TC_ACT_OK, TC_ACT_SHOT},
     macros::classifier,
     programs::TcContext,
 };
@@ -15,9 +14,10 @@ use isthmus_bpf_abi::{Direction, DropReason, Endpoint, endpoint_flag, feature};
 use crate::{
     answer, deliver, flow,
     metrics::count,
+    outside,
     overlay::{self, Route},
     parse::{Frame, Packet, parse},
-    tables,
+    send, tables,
 };
 
 #[classifier]
@@ -35,6 +35,7 @@ fn isthmus_from_container(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn decide(ctx: &TcContext) -> Result<(DropReason, i32), DropReason> {
     let work = tables::work()?;
+    work.outside = 0;
     if parse(ctx, &mut work.packet)? == Frame::Arp {
         return Ok((DropReason::Forwarded, TC_ACT_OK));
     }
@@ -57,21 +58,19 @@ fn decide(ctx: &TcContext) -> Result<(DropReason, i32), DropReason> {
         }
         return Ok((work.packet.outcome, deliver::to_pod(ctx, endpoint)?));
     }
+    if work.packet.outcome == DropReason::Forwarded && outside::enabled() {
+        flow::backward(ctx, work)?;
+        if work.packet.outcome != DropReason::Forwarded {
+            // An answer to a client outside: it has the frontend's address, and no way through the stack.
+            send::onward(ctx, work)?;
+            return Ok((work.packet.outcome, work.verdict));
+        }
+    }
     match overlay::route(tables::ipcache(&work.packet.destination))? {
         Route::Stack => Ok((work.packet.outcome, TC_ACT_OK)),
         Route::Tunnel(entry) => {
-            let vxlan_ifindex = tables::config().map_or(0, |config| config.vxlan_ifindex);
-            if vxlan_ifindex == 0 {
-                return Err(DropReason::NotConfigured);
-            }
-            overlay::encapsulate(ctx, source.identity, &entry)?;
-            // SAFETY: takes numbers.
-            match unsafe { bpf_redirect(vxlan_ifindex, 0) } {
-                verdict if verdict == i64::from(TC_ACT_REDIRECT) => {
-                    Ok((work.packet.outcome, TC_ACT_REDIRECT))
-                }
-                _ => Err(DropReason::RedirectFailed),
-            }
+            let verdict = overlay::send(ctx, source.identity, &entry)?;
+            Ok((work.packet.outcome, verdict))
         }
     }
 }

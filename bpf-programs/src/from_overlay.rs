@@ -1,7 +1,8 @@
 //! Packets that another node sent through the overlay: ingress of the VXLAN device.
 //!
 //! The VNI is the source's identity, which the sending node vouches for. Destinations are pods of this node and the
-//! node's own addresses; nothing is forwarded further. A backend's answer to a pod seems to come from the frontend.
+//! node's own addresses; a backend's answer to a pod seems to come from the frontend, and its answer to a client outside, which
+//! knew this node instead, goes there. Nothing else is forwarded further.
 
 use aya_ebpf::{
     bindings::{TC_ACT_OK, TC_ACT_SHOT},
@@ -9,14 +10,14 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use isthmus_bpf_abi::{Address, Direction, DropReason, NodeConfig, endpoint_flag};
+use isthmus_bpf_abi::{Address, Direction, DropReason, endpoint_flag};
 
 use crate::{
     deliver, flow,
     metrics::count,
-    overlay,
+    outside, overlay,
     parse::{Frame, parse},
-    tables,
+    send, tables,
 };
 
 /// `skb->pkt_type` of a packet for this node.
@@ -40,6 +41,7 @@ fn decide(ctx: &TcContext) -> Result<(DropReason, i32), DropReason> {
         return Err(DropReason::InvalidVni);
     }
     let work = tables::work()?;
+    work.outside = 0;
     if parse(ctx, &mut work.packet)? == Frame::Arp {
         return Err(DropReason::UnsupportedProtocol);
     }
@@ -52,28 +54,35 @@ fn decide(ctx: &TcContext) -> Result<(DropReason, i32), DropReason> {
     if unsafe { bpf_skb_change_type(ctx.skb.skb, PACKET_HOST) } != 0 {
         return Err(DropReason::WriteFailed);
     }
-    if let Some(endpoint) = tables::endpoint(&work.packet.destination) {
-        if endpoint.flags & endpoint_flag::HOST != 0 {
-            return Ok((DropReason::Forwarded, TC_ACT_OK));
+    match tables::endpoint(&work.packet.destination) {
+        Some(endpoint) if endpoint.flags & endpoint_flag::HOST == 0 => {
+            if flow::enabled() {
+                flow::backward(ctx, work)?;
+            }
+            return Ok((work.packet.outcome, deliver::to_pod(ctx, endpoint)?));
         }
-        if flow::enabled() {
-            flow::backward(ctx, work)?;
-        }
-        return Ok((work.packet.outcome, deliver::to_pod(ctx, endpoint)?));
+        Some(_) => {}
+        None if is_of_node(&work.packet.destination) => {}
+        None => return Err(DropReason::UnknownDestination),
     }
-    match tables::config() {
-        Some(config) if is_of_node(config, &work.packet.destination) => {
-            Ok((DropReason::Forwarded, TC_ACT_OK))
-        }
-        _ => Err(DropReason::UnknownDestination),
+    if !outside::enabled() {
+        return Ok((DropReason::Forwarded, TC_ACT_OK));
     }
+    outside::returning(ctx, work)?;
+    if work.packet.outcome == DropReason::Forwarded {
+        return Ok((DropReason::Forwarded, TC_ACT_OK));
+    }
+    send::onward(ctx, work)?;
+    Ok((work.packet.outcome, work.verdict))
 }
 
 /// Whether `address` is one of the node's own. "None" is all zero, which no packet carries as destination.
 #[inline(always)]
-fn is_of_node(config: &NodeConfig, address: &Address) -> bool {
-    *address == config.router_ipv4
-        || *address == config.router_ipv6
-        || *address == config.node_ipv4
-        || *address == config.node_ipv6
+fn is_of_node(address: &Address) -> bool {
+    tables::config().is_some_and(|config| {
+        *address == config.router_ipv4
+            || *address == config.router_ipv6
+            || *address == config.node_ipv4
+            || *address == config.node_ipv6
+    })
 }

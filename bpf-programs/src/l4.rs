@@ -2,7 +2,9 @@
 //! translated datagram are remembered by its number.
 
 use aya_ebpf::programs::TcContext;
-use isthmus_bpf_abi::{CtKey, DropReason, FragmentKey, FragmentValue, PROTO_SCTP, PROTO_TCP, PROTO_UDP};
+use isthmus_bpf_abi::{
+    CtKey, DropReason, FragmentKey, FragmentValue, PROTO_ICMP, PROTO_ICMPV6, PROTO_SCTP, PROTO_TCP, PROTO_UDP,
+};
 
 use crate::{
     parse::{Fragment, Packet, load},
@@ -11,6 +13,12 @@ use crate::{
 
 /// Offset of the flags in a TCP header.
 const TCP_FLAGS: usize = 13;
+/// Offset of the number in an ICMP echo.
+pub const ECHO_NUMBER: usize = 4;
+const ECHO_REPLY: u8 = 0;
+const ECHO_REQUEST: u8 = 8;
+const ECHO_REQUEST_V6: u8 = 128;
+const ECHO_REPLY_V6: u8 = 129;
 
 /// Writes the addresses and ports of the packet. Returns whether it has them: not if its protocol has no ports, or it is a
 /// fragment of an unknown datagram.
@@ -19,6 +27,20 @@ pub fn tuple(ctx: &TcContext, packet: &Packet, tuple: &mut CtKey) -> Result<bool
     if !has_ports(packet.proto) {
         return Ok(false);
     }
+    read(ctx, packet, tuple)
+}
+
+/// The same, and for an echo: its number stands for the port of who asks, and 0 for the other's.
+#[inline(always)]
+pub fn tuple_or_echo(ctx: &TcContext, packet: &Packet, tuple: &mut CtKey) -> Result<bool, DropReason> {
+    if !has_ports(packet.proto) && !may_echo(packet.proto, packet.ipv4) {
+        return Ok(false);
+    }
+    read(ctx, packet, tuple)
+}
+
+#[inline(always)]
+fn read(ctx: &TcContext, packet: &Packet, tuple: &mut CtKey) -> Result<bool, DropReason> {
     let p: [u8; 4] = if packet.fragment == Fragment::Later {
         match tables::fragment(&fragment_key(packet)) {
             Some(ports) => [
@@ -29,8 +51,13 @@ pub fn tuple(ctx: &TcContext, packet: &Packet, tuple: &mut CtKey) -> Result<bool
             ],
             None => return Ok(false),
         }
-    } else {
+    } else if has_ports(packet.proto) {
         load(ctx, packet.l4)?
+    } else {
+        match echo(ctx, packet.l4)? {
+            Some(ports) => ports,
+            None => return Ok(false),
+        }
     };
     tuple.source = packet.source;
     tuple.destination = packet.destination;
@@ -45,6 +72,30 @@ pub fn tuple(ctx: &TcContext, packet: &Packet, tuple: &mut CtKey) -> Result<bool
 #[inline(always)]
 pub fn has_ports(proto: u8) -> bool {
     matches!(proto, PROTO_TCP | PROTO_UDP | PROTO_SCTP)
+}
+
+/// The destination port of a packet with ports, network order.
+#[inline(always)]
+pub fn destination_port(ctx: &TcContext, packet: &Packet) -> Result<[u8; 2], DropReason> {
+    load(ctx, packet.l4 + 2)
+}
+
+/// Whether the protocol is the family's ICMP.
+#[inline(always)]
+pub fn may_echo(proto: u8, ipv4: bool) -> bool {
+    proto == if ipv4 { PROTO_ICMP } else { PROTO_ICMPV6 }
+}
+
+/// The ports of an echo whose header is at `offset`, source first; nothing if it is another message.
+#[inline(always)]
+pub fn echo(ctx: &TcContext, offset: usize) -> Result<Option<[u8; 4]>, DropReason> {
+    let h: [u8; ECHO_NUMBER + 2] = load(ctx, offset)?;
+    let number = [h[ECHO_NUMBER], h[ECHO_NUMBER + 1]];
+    Ok(match h[0] {
+        ECHO_REQUEST | ECHO_REQUEST_V6 => Some([number[0], number[1], 0, 0]),
+        ECHO_REPLY | ECHO_REPLY_V6 => Some([0, 0, number[0], number[1]]),
+        _ => None,
+    })
 }
 
 /// The TCP header's flags; 0 where there is none.

@@ -62,6 +62,7 @@ pub fn translate(ctx: &SockAddrContext, family: Family, choice: Choice) -> i32 {
         client: &mut client,
         // A socket's port is not known yet, and no other node will ask for it.
         flow: None,
+        outside: false,
     };
     let service_id = match select(&mut request, number, fits) {
         Selection::NotAService => return ALLOW,

@@ -8,7 +8,7 @@ use aya_ebpf::{
     helpers::{bpf_csum_diff, bpf_l4_csum_replace},
     programs::TcContext,
 };
-use isthmus_bpf_abi::{Address, DropReason, PROTO_ICMPV6, PROTO_SCTP, PROTO_TCP, PROTO_UDP};
+use isthmus_bpf_abi::{Address, DropReason, PROTO_ICMP, PROTO_ICMPV6, PROTO_SCTP, PROTO_TCP, PROTO_UDP};
 
 use crate::{
     l4,
@@ -40,7 +40,7 @@ pub struct Change {
     pub new: Address,
     /// The port as it is, network order.
     pub old_port: [u8; 2],
-    /// As it shall be. Only looked at if the protocol has ports.
+    /// As it shall be. Only looked at if the protocol has ports, or echoes with a number.
     pub new_port: [u8; 2],
     /// Which.
     pub side: Side,
@@ -104,7 +104,8 @@ impl Change {
 #[inline(never)]
 pub fn rewrite(ctx: &TcContext, packet: &Packet, change: &Change) -> Result<(), DropReason> {
     let has_header = packet.fragment != Fragment::Later;
-    let moves_port = l4::has_ports(packet.proto) && change.old_port != change.new_port;
+    let echoes = l4::may_echo(packet.proto, packet.ipv4);
+    let moves_port = (echoes || l4::has_ports(packet.proto)) && change.old_port != change.new_port;
     if moves_port && packet.proto == PROTO_SCTP {
         // Its checksum (CRC32c) is over the whole packet, and no helper computes it.
         return Err(DropReason::UnsupportedTransport);
@@ -121,12 +122,18 @@ pub fn rewrite(ctx: &TcContext, packet: &Packet, change: &Change) -> Result<(), 
             pseudo_header(ctx, packet, change, checksum, flags)?;
         }
         if moves_port {
+            // ICMP's checksum is over no address, but over the number.
+            let checksum = match packet.proto {
+                PROTO_ICMP => packet.l4 + 2,
+                _ => checksum,
+            };
             if checksum != 0 {
                 let (old, new) = (port(change.old_port), port(change.new_port));
                 ctx.l4_csum_replace(checksum, old, new, flags | 2)
                     .map_err(|_| DropReason::WriteFailed)?;
             }
             let offset = match change.side {
+                _ if echoes => packet.l4 + l4::ECHO_NUMBER,
                 Side::Source => packet.l4,
                 Side::Destination => packet.l4 + 2,
             };

@@ -2,13 +2,15 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key, bpf_tunnel_key__bindgen_ty_1,
-        bpf_tunnel_key__bindgen_ty_2, bpf_tunnel_key__bindgen_ty_3,
+        BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, TC_ACT_REDIRECT, bpf_tunnel_key,
+        bpf_tunnel_key__bindgen_ty_1, bpf_tunnel_key__bindgen_ty_2, bpf_tunnel_key__bindgen_ty_3,
     },
-    helpers::{bpf_skb_get_tunnel_key, bpf_skb_set_tunnel_key},
+    helpers::{bpf_redirect, bpf_skb_get_tunnel_key, bpf_skb_set_tunnel_key},
     programs::TcContext,
 };
-use isthmus_bpf_abi::{DropReason, IpcacheValue, VNI_MAX, ipcache_flag, ipv4_of};
+use isthmus_bpf_abi::{DropReason, IDENTITY_REMOTE_NODE, IpcacheValue, VNI_MAX, ipcache_flag, ipv4_of};
+
+use crate::tables;
 
 const KEY_SIZE: u32 = size_of::<bpf_tunnel_key>() as u32;
 
@@ -66,6 +68,30 @@ pub fn encapsulate(ctx: &TcContext, identity: u32, to: &IpcacheValue) -> Result<
         Ok(())
     } else {
         Err(DropReason::EncapFailed)
+    }
+}
+
+/// Sends the packet into the overlay: to the entry's node, from `identity`. Returns the verdict.
+#[inline(always)]
+pub fn send(ctx: &TcContext, identity: u32, to: &IpcacheValue) -> Result<i32, DropReason> {
+    let vxlan_ifindex = tables::config().map_or(0, |config| config.vxlan_ifindex);
+    if vxlan_ifindex == 0 {
+        return Err(DropReason::NotConfigured);
+    }
+    encapsulate(ctx, identity, to)?;
+    // SAFETY: takes numbers.
+    match unsafe { bpf_redirect(vxlan_ifindex, 0) } {
+        verdict if verdict == i64::from(TC_ACT_REDIRECT) => Ok(TC_ACT_REDIRECT),
+        _ => Err(DropReason::RedirectFailed),
+    }
+}
+
+/// The identity of what the node itself sends.
+#[inline(always)]
+pub fn node_identity() -> u32 {
+    match tables::config() {
+        Some(config) if config.node_identity != 0 => config.node_identity,
+        _ => IDENTITY_REMOTE_NODE,
     }
 }
 

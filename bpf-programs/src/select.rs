@@ -29,6 +29,8 @@ pub struct Request<'a> {
     pub client: &'a mut AffinityKey,
     /// The flow's number, if it has one that is the same on every node: then Maglev tables are asked.
     pub flow: Option<u32>,
+    /// Whether the request comes from outside the cluster.
+    pub outside: bool,
 }
 
 /// Chooses a backend; among slots by `number`, the same for the same. `usable` says why a backend cannot be taken.
@@ -41,8 +43,8 @@ pub fn select(
     let Some(mut service) = tables::service(request.frontend) else {
         return Selection::NotAService;
     };
-    // Who asks here is inside the cluster: what is kept on this node is traffic from outside.
-    if service.flags & service_flag::EXTERNAL_LOCAL != 0 {
+    // What is kept on this node is traffic from outside; who asks inside the cluster may go everywhere.
+    if !request.outside && service.flags & service_flag::EXTERNAL_LOCAL != 0 {
         let inside = ServiceKey {
             scope: SCOPE_INTERNAL,
             ..*request.frontend

@@ -2,13 +2,15 @@
 //! programs, and the loader finds them by name.
 
 use aya_ebpf::{
+    bindings::BPF_NOEXIST,
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, lpm_trie::Key},
 };
 use isthmus_bpf_abi::{
-    Address, AffinityKey, AffinityValue, Backend, BackendKey, CONFIG_INDEX, CtKey, CtValue, DropReason,
-    Endpoint, EndpointKey, FragmentKey, FragmentValue, IpcacheKey, IpcacheValue, MaglevChunk, MaglevKey,
-    MetricsValue, NodeConfig, ReverseSkKey, ReverseSkValue, ServiceKey, ServiceValue, maps as spec,
+    Address, AffinityKey, AffinityValue, Backend, BackendKey, CONFIG_INDEX, CtKey, CtValue, Device,
+    DropReason, Endpoint, EndpointKey, FragmentKey, FragmentValue, IpcacheKey, IpcacheValue, MaglevChunk,
+    MaglevKey, MetricsValue, NodeConfig, PrefixKey, PrefixValue, ReverseSkKey, ReverseSkValue, ServiceKey,
+    ServiceValue, SourceRangeKey, SourceRangeValue, maps as spec,
 };
 
 use crate::work::Work;
@@ -51,6 +53,25 @@ static MAGLEV: HashMap<MaglevKey, MaglevChunk> =
 #[map(name = "isthmus_affinity")]
 static AFFINITY: LruHashMap<AffinityKey, AffinityValue> =
     LruHashMap::pinned(spec::AFFINITY.max_entries, spec::AFFINITY.flags);
+
+#[map(name = "isthmus_devices")]
+static DEVICES: HashMap<u32, Device> = HashMap::pinned(spec::DEVICES.max_entries, spec::DEVICES.flags);
+
+/// [`SourceRangeKey`] after its prefix length.
+type SourceRangeData = [u8; size_of::<SourceRangeKey>() - size_of::<u32>()];
+const _: () = assert!(size_of::<Key<SourceRangeData>>() == size_of::<SourceRangeKey>());
+
+#[map(name = "isthmus_source_ranges")]
+static SOURCE_RANGES: LpmTrie<SourceRangeData, SourceRangeValue> =
+    LpmTrie::pinned(spec::SOURCE_RANGES.max_entries, spec::SOURCE_RANGES.flags);
+
+/// [`PrefixKey`] after its prefix length.
+type PrefixData = [u8; size_of::<PrefixKey>() - size_of::<u32>()];
+const _: () = assert!(size_of::<Key<PrefixData>>() == size_of::<PrefixKey>());
+
+#[map(name = "isthmus_no_masquerade")]
+static NO_MASQUERADE: LpmTrie<PrefixData, PrefixValue> =
+    LpmTrie::pinned(spec::NO_MASQUERADE.max_entries, spec::NO_MASQUERADE.flags);
 
 /// Not pinned: nobody else has business there.
 #[map(name = "isthmus_work")]
@@ -131,6 +152,12 @@ pub fn put_flow(key: &CtKey, value: &CtValue) -> Result<(), i32> {
     CT.insert(key, value, 0)
 }
 
+/// Writes an entry of a flow unless the key is there. Fails then, or when the kernel has no memory for it.
+#[inline(always)]
+pub fn add_flow(key: &CtKey, value: &CtValue) -> Result<(), i32> {
+    CT.insert(key, value, u64::from(BPF_NOEXIST))
+}
+
 /// Removes an entry of a translated flow; it may be absent.
 #[inline(always)]
 pub fn remove_flow(key: &CtKey) {
@@ -181,4 +208,36 @@ pub fn remember_fragment(key: &FragmentKey, value: &FragmentValue) {
 #[inline(always)]
 pub fn has_feature(bits: u32) -> bool {
     config().is_some_and(|config| config.features & bits == bits)
+}
+
+/// A device to the outside.
+#[inline(always)]
+pub fn device(ifindex: u32) -> Option<&'static Device> {
+    // SAFETY: as for `endpoint`.
+    unsafe { DEVICES.get(ifindex) }
+}
+
+/// Whether one of the service's source ranges holds `address`.
+#[inline(always)]
+pub fn may_ask(service_id: u32, address: &Address) -> bool {
+    let key = SourceRangeKey {
+        prefix_len: 8 * size_of::<SourceRangeData>() as u32,
+        service_id,
+        address: *address,
+    };
+    // SAFETY: `Key` is packed, has the same size and the same first field, and any bytes are valid for the rest.
+    let key = unsafe { &*core::ptr::from_ref(&key).cast::<Key<SourceRangeData>>() };
+    SOURCE_RANGES.get(key).is_some()
+}
+
+/// Whether pods reach `address` from their own.
+#[inline(always)]
+pub fn keeps_source(address: &Address) -> bool {
+    let key = PrefixKey {
+        prefix_len: 8 * size_of::<PrefixData>() as u32,
+        address: *address,
+    };
+    // SAFETY: as in `may_ask`.
+    let key = unsafe { &*core::ptr::from_ref(&key).cast::<Key<PrefixData>>() };
+    NO_MASQUERADE.get(key).is_some()
 }

@@ -30,6 +30,7 @@ fn isthmus_to_container(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn decide(ctx: &TcContext) -> Result<DropReason, DropReason> {
     let work = tables::work()?;
+    work.outside = 0;
     if parse(ctx, &mut work.packet)? == Frame::Arp {
         return Ok(DropReason::Forwarded);
     }

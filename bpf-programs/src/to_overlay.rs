@@ -6,7 +6,7 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use isthmus_bpf_abi::{Direction, DropReason, IDENTITY_REMOTE_NODE};
+use isthmus_bpf_abi::{Direction, DropReason};
 
 use crate::{
     metrics::count,
@@ -50,8 +50,5 @@ fn identity(source: &[u8; 16]) -> u32 {
     {
         return endpoint.identity;
     }
-    match tables::config() {
-        Some(config) if config.node_identity != 0 => config.node_identity,
-        _ => IDENTITY_REMOTE_NODE,
-    }
+    overlay::node_identity()
 }

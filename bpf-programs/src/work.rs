@@ -7,7 +7,7 @@
 
 use isthmus_bpf_abi::{AffinityKey, CtKey, CtValue, ServiceKey};
 
-use crate::{nat::Change, parse::Packet};
+use crate::{nat::Change, parse::Packet, send::Lookup};
 
 /// See the module. What is in it at the start is another packet's.
 #[repr(C, align(8))]
@@ -24,10 +24,22 @@ pub struct Work {
     pub pair: CtValue,
     /// The frontend that the packet is for.
     pub frontend: ServiceKey,
+    /// The entry of another flow that may be in the way.
+    pub other: CtValue,
+    /// That flow's other entry.
+    pub other_key: CtKey,
+    /// That flow's other entry.
+    pub other_pair: CtValue,
     /// Who sent it.
     pub client: AffinityKey,
     /// What is just being replaced.
     pub change: Change,
+    /// A question to the kernel's routes.
+    pub lookup: Lookup,
+    /// The device to the outside that the packet came through or leaves through; 0 at all other hooks.
+    pub outside: u32,
+    /// What becomes of the packet, where a function decides it.
+    pub verdict: i32,
     /// Offset of the IP header that an ICMP error quotes.
     pub quoted_l3: usize,
     /// Offset of the transport's header that it quotes.

@@ -31,7 +31,7 @@ pub struct CtKey {
     pub destination_port: [u8; 2],
     /// IANA protocol number.
     pub proto: u8,
-    /// Zero.
+    /// Zero; 1 in the first byte while a program claims the entry with this key for a new flow.
     pub pad: [u8; 3],
 }
 const _: () = assert!(size_of::<CtKey>() == 40);
@@ -168,20 +168,21 @@ pub const CT_SECONDS_TCP_CLOSING: u32 = 10;
 pub const CT_SECONDS_OTHER: u32 = 60;
 
 /// Writes the other entry of a flow: from a forward entry the reverse one, and back. In place, since a BPF program has no
-/// room on its stack for more copies.
+/// room on its stack for more copies; and zeros are copied where they are, since the BPF compiler calls a function to make them.
 #[inline(always)]
 pub const fn ct_pair(key: &CtKey, value: &CtValue, pair_key: &mut CtKey, pair: &mut CtValue) {
     pair_key.proto = key.proto;
-    pair_key.pad = [0; 3];
+    pair_key.pad = key.pad;
     pair.state = value.state;
     pair.last_seen = value.last_seen;
     pair.backend_id = value.backend_id;
     pair.service_id = value.service_id;
     pair.flags = value.flags ^ ct_flag::REVERSE;
     pair.ifindex = value.ifindex;
-    pair.pad = [0; 2];
-    pair.peer_address = [0; 16];
-    pair.peer_port = [0; 2];
+    pair.pad = value.pad;
+    // Zero without SNAT.
+    pair.peer_address = value.peer_address;
+    pair.peer_port = value.peer_port;
     let hairpin = value.flags & ct_flag::HAIRPIN != 0;
     let snat = value.flags & ct_flag::SNAT != 0;
     if value.flags & ct_flag::REVERSE == 0 {

@@ -32,8 +32,9 @@ pub use choice::{
 pub use config::{CONFIG_INDEX, Device, NodeConfig, PrefixKey, PrefixValue, feature};
 pub use ct::{
     CT_SECONDS_OTHER, CT_SECONDS_TCP, CT_SECONDS_TCP_CLOSING, CT_SECONDS_TCP_OPENING, CtKey, CtValue,
-    FragmentKey, FragmentValue, LOOPBACK_IPV4, LOOPBACK_IPV6, SNAT_TRIES_MAX, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN,
-    ct_flag, ct_is_expired, ct_pair, ct_seconds, ct_state, ct_step, loopback_of, snat_port, tuple_hash,
+    FragmentKey, FragmentValue, LOOPBACK_IPV4, LOOPBACK_IPV6, SNAT_TRIES_MAX, TCP_ACK, TCP_FIN, TCP_RST,
+    TCP_SYN, ct_flag, ct_is_expired, ct_pair, ct_seconds, ct_state, ct_step, loopback_of, snat_port,
+    tuple_hash,
 };
 pub use endpoint::{Endpoint, EndpointKey, endpoint_flag};
 pub use ipcache::{

@@ -184,6 +184,18 @@ impl Datapath {
         Ok(())
     }
 
+    /// Attaches the hooks of the outside to these devices, and detaches them from all others. A device that fails stops nothing;
+    /// returns the failures.
+    pub fn attach_outside(&self, ifindexes: &[u32]) -> Vec<AttachError> {
+        let mut errors = Vec::new();
+        for hook in PacketHook::OF_OUTSIDE {
+            let attached = ifindexes.iter().map(|ifindex| self.attach(hook, *ifindex));
+            errors.extend(attached.filter_map(Result::err));
+            errors.extend(self.retain(hook, ifindexes).err());
+        }
+        errors
+    }
+
     /// Runs a packet program on `packet` (an Ethernet frame) as if it came through device `ifindex` of the calling
     /// thread's namespace. Returns the verdict (TC_ACT_*: 0 pass, 2 drop, 7 redirect) and the frame after it.
     pub fn simulate(&self, hook: PacketHook, packet: &[u8], ifindex: u32) -> io::Result<(u32, Vec<u8>)> {

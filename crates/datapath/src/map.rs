@@ -9,7 +9,7 @@
 use std::{
     io,
     marker::PhantomData,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -213,6 +213,15 @@ impl<K: Layout, V: Layout> Map<K, V> {
     /// The map's name.
     pub fn name(&self) -> &'static str {
         self.name
+    }
+
+    /// Bytes of kernel memory that the map takes now, as the kernel counts them.
+    pub fn memory_bytes(&self) -> Result<u64, MapError> {
+        let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.fd.as_raw_fd()))
+            .map_err(self.failed("reading fdinfo"))?;
+        text.lines()
+            .find_map(|line| line.strip_prefix("memlock:")?.trim().parse().ok())
+            .ok_or_else(|| self.failed("reading fdinfo")(io::ErrorKind::InvalidData.into()))
     }
 
     /// The value of `key`.

@@ -75,18 +75,27 @@ pub enum PacketHook {
     ToOverlay,
     /// Egress of the host's side of a pod's veth pair.
     ToContainer,
+    /// Ingress of a device to the outside.
+    FromHostDevice,
+    /// Egress of a device to the outside.
+    ToHostDevice,
 }
 
 impl PacketHook {
     /// All packet hooks.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 6] = [
         Self::FromContainer,
         Self::FromOverlay,
         Self::ToOverlay,
         Self::ToContainer,
+        Self::FromHostDevice,
+        Self::ToHostDevice,
     ];
     /// Those of a pod's device. In this order they are attached: first what translates answers back.
     pub const OF_ENDPOINT: [Self; 2] = [Self::ToContainer, Self::FromContainer];
+
+    /// Those of a device to the outside. In this order they are attached: first what translates answers back.
+    pub const OF_OUTSIDE: [Self; 2] = [Self::FromHostDevice, Self::ToHostDevice];
 
     /// Program, and first part of the link's name.
     pub const fn name(self) -> &'static str {
@@ -95,12 +104,14 @@ impl PacketHook {
             Self::FromOverlay => "isthmus_from_overlay",
             Self::ToOverlay => "isthmus_to_overlay",
             Self::ToContainer => "isthmus_to_container",
+            Self::FromHostDevice => "isthmus_from_host_device",
+            Self::ToHostDevice => "isthmus_to_host_device",
         }
     }
 
     /// Whether it sees packets that leave through the device.
     pub const fn is_egress(self) -> bool {
-        matches!(self, Self::ToOverlay | Self::ToContainer)
+        matches!(self, Self::ToOverlay | Self::ToContainer | Self::ToHostDevice)
     }
 }
 

@@ -8,10 +8,10 @@ use std::{
 };
 
 use isthmus_bpf_abi::{
-    AffinityKey, AffinityValue, Backend, BackendKey, CONFIG_INDEX, CtKey, CtValue, Device, Direction, DropReason,
-    Endpoint, EndpointKey, FragmentKey, FragmentValue, IpcacheKey, IpcacheValue, MaglevChunk, MaglevKey,
-    MetricsValue, NodeConfig, PrefixKey, PrefixValue, ReverseSkKey, ReverseSkValue, ServiceKey, ServiceValue, SourceRangeKey,
-    SourceRangeValue,
+    AffinityKey, AffinityValue, Backend, BackendKey, CONFIG_INDEX, CtKey, CtValue, Device, Direction,
+    DropReason, Endpoint, EndpointKey, FragmentKey, FragmentValue, IpcacheKey, IpcacheValue, MaglevChunk,
+    MaglevKey, MetricsValue, NodeConfig, PrefixKey, PrefixValue, ReverseSkKey, ReverseSkValue, ServiceKey,
+    ServiceValue, SourceRangeKey, SourceRangeValue,
     maps::{self, MapSpec},
     metric_index,
 };
@@ -145,7 +145,10 @@ impl Tables {
 
     /// Writes the prefixes that pods reach from their own addresses; others go.
     pub fn set_no_masquerade(&self, wanted: &BTreeSet<PrefixKey>) -> Result<(), MapError> {
-        let wanted = wanted.iter().map(|key| (*key, PrefixValue { there: 1 })).collect();
+        let wanted = wanted
+            .iter()
+            .map(|key| (*key, PrefixValue { there: 1 }))
+            .collect();
         replace(&self.no_masquerade, &wanted)
     }
 
@@ -180,7 +183,10 @@ impl Tables {
 }
 
 /// Makes `map` hold `wanted` and nothing else: puts what is missing or differs, then removes.
-fn replace<K: Layout + Ord, V: Layout + Eq>(map: &Map<K, V>, wanted: &BTreeMap<K, V>) -> Result<(), MapError> {
+fn replace<K: Layout + Ord, V: Layout + Eq>(
+    map: &Map<K, V>,
+    wanted: &BTreeMap<K, V>,
+) -> Result<(), MapError> {
     let there = map.dump()?;
     let now: BTreeMap<K, V> = there.iter().copied().collect();
     for (key, value) in wanted {

@@ -126,6 +126,8 @@ impl Node {
             PacketHook::FromOverlay => Direction::FromOverlay,
             PacketHook::ToOverlay => Direction::ToOverlay,
             PacketHook::ToContainer => Direction::ToContainer,
+            PacketHook::FromHostDevice => Direction::FromHostDevice,
+            PacketHook::ToHostDevice => Direction::ToHostDevice,
         };
         let before = self.datapath.tables().counter(reason, direction).unwrap();
         let (got, out) = self.simulate(hook, frame);

@@ -1,0 +1,108 @@
+//! Masquerading: what a pod sends out of the mesh leaves with an address of the node, for nobody outside knows the way to pods.
+//!
+//! Not masqueraded are packets to addresses that the mesh knows, to prefixes that the agent has excluded, and answers of pods to
+//! who reached them directly from outside.
+
+use aya_ebpf::programs::TcContext;
+use isthmus_bpf_abi::{
+    Address, DropReason, IDENTITY_WORLD, PROTO_TCP, TCP_ACK, TCP_SYN, ct_flag, ct_state, feature,
+    ipcache_flag,
+};
+
+use crate::{ct, flow, icmp, l4, parse::Fragment, tables, words, work::Work};
+
+/// Whether pods' own addresses are hidden from `address`.
+#[inline(always)]
+pub fn hides_from(address: &Address, ipv4: bool) -> bool {
+    let wanted = if ipv4 {
+        feature::MASQUERADE_IPV4
+    } else {
+        feature::MASQUERADE_IPV6
+    };
+    if !tables::has_feature(wanted) {
+        return false;
+    }
+    let in_mesh = tables::ipcache(address).is_some_and(|entry| {
+        entry.identity != IDENTITY_WORLD || entry.flags & ipcache_flag::HAS_TUNNEL_ENDPOINT != 0
+    });
+    !in_mesh && !tables::keeps_source(address)
+}
+
+/// A packet of a pod that leaves through a device to the outside. `work.packet.outcome` says whether it was translated.
+#[inline(never)]
+pub fn outbound(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
+    if !hides_from(&work.packet.destination, work.packet.ipv4) {
+        return Ok(());
+    }
+    if icmp::is_error(ctx, &work.packet) {
+        return icmp::masqueraded(ctx, work);
+    }
+    if !l4::tuple_or_echo(ctx, &work.packet, &mut work.tuple)? {
+        // The pod's address must not get out, and there is nothing by which an answer could be told.
+        return Err(if work.packet.fragment == Fragment::Later {
+            DropReason::FragmentUnknown
+        } else {
+            DropReason::UnsupportedTransport
+        });
+    }
+    let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;
+    if let Some(entry) = tables::flow(&work.tuple) {
+        words::copy_flow(entry, &mut work.flow);
+        if work.flow.flags & ct_flag::REVERSE != 0 {
+            // An answer to who reached the pod directly.
+            if work.flow.service_id == 0 {
+                ct::touch(work, entry, tcp_flags);
+            }
+            return Ok(());
+        }
+        if work.flow.flags & ct_flag::SNAT != 0 {
+            ct::touch(work, entry, tcp_flags);
+            return hide(ctx, work);
+        }
+    }
+    let answers = match work.tuple.proto {
+        PROTO_TCP => tcp_flags & (TCP_SYN | TCP_ACK) != TCP_SYN,
+        // An echo's answer.
+        _ => work.tuple.source_port == [0; 2],
+    };
+    if answers {
+        return Ok(());
+    }
+    begin(work)?;
+    ct::create(work, tcp_flags)?;
+    hide(ctx, work)
+}
+
+/// Fills in a new flow.
+#[inline(always)]
+fn begin(work: &mut Work) -> Result<(), DropReason> {
+    let config = tables::config().ok_or(DropReason::NotConfigured)?;
+    let device = tables::device(work.outside);
+    if work.packet.ipv4 {
+        work.flow.peer_address = device.map_or(config.node_ipv4, |device| device.ipv4);
+    } else {
+        work.flow.peer_address = device.map_or(config.node_ipv6, |device| device.ipv6);
+    }
+    if work.flow.peer_address == [0; 16] {
+        // A device without an address of this family.
+        return Err(DropReason::NotConfigured);
+    }
+    work.flow.nat_address = work.tuple.destination;
+    work.flow.nat_port = work.tuple.destination_port;
+    work.flow.peer_port = [0; 2];
+    work.flow.pad = [0; 2];
+    work.flow.state = ct_state::OPENING;
+    work.flow.flags = ct_flag::SNAT;
+    work.flow.last_seen = ct::now();
+    work.flow.backend_id = 0;
+    work.flow.service_id = 0;
+    work.flow.ifindex = work.outside;
+    Ok(())
+}
+
+#[inline(always)]
+fn hide(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
+    l4::remember_fragment(&work.packet, &work.tuple);
+    work.packet.outcome = DropReason::Translated;
+    flow::hide_client(ctx, work)
+}
