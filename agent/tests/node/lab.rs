@@ -45,7 +45,7 @@ impl Drop for Process {
 
 /// A pod's namespace; gone when it is dropped.
 pub struct Pod {
-    name: String,
+    pub name: String,
 }
 
 impl Pod {
@@ -80,7 +80,7 @@ pub struct Lab {
     number: u8,
     name: String,
     dir: tempfile::TempDir,
-    cgroup: PathBuf,
+    pub cgroup: PathBuf,
     etcd: std::cell::RefCell<Option<Process>>,
     runtime: Runtime,
 }
@@ -283,7 +283,7 @@ impl Lab {
     }
 
     /// Does something on a thread that is on the node.
-    fn on_node<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+    pub fn on_node<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let netns = fs::File::open(self.netns()).unwrap();
         std::thread::scope(|scope| {
             let thread = scope.spawn(move || {

@@ -17,11 +17,11 @@ use crate::lab::Lab;
 
 const MAX: MaxConnectedClusters = MaxConnectedClusters::C255;
 
-fn name(cluster: &str) -> ClusterName {
+pub fn name(cluster: &str) -> ClusterName {
     ClusterName::new(cluster).unwrap()
 }
 
-fn id(cluster: &str) -> ClusterId {
+pub fn id(cluster: &str) -> ClusterId {
     ClusterId::new(cluster[1..].parse().unwrap(), MAX).unwrap()
 }
 
@@ -33,7 +33,7 @@ fn scope(cluster: &str, kind: Kind) -> Scope {
     }
 }
 
-fn put(lab: &Lab, cluster: &str, kind: Kind, suffix: &str, value: &[u8]) {
+pub fn put(lab: &Lab, cluster: &str, kind: Kind, suffix: &str, value: &[u8]) {
     let prefix = kind.prefix(scope(cluster, kind), &name(cluster)).unwrap();
     lab.put(&format!("{prefix}{suffix}"), value);
 }
