@@ -116,6 +116,26 @@ pub fn unreachable(mac: [u8; 6], from: &str, to: &str, quoted: &[u8]) -> Vec<u8>
     frame(mac, ends, proto, &message)
 }
 
+/// An echo with `number`, asked or answered.
+pub fn echo(mac: [u8; 6], from: &str, to: &str, asks: bool, number: u16) -> Vec<u8> {
+    let ends = Ends {
+        source: (address(from), 0),
+        destination: (address(to), 0),
+    };
+    let ipv4 = is_ipv4_mapped(&ends.source.0);
+    let (proto, kind, sum) = match (ipv4, asks) {
+        (true, true) => (PROTO_ICMP, 8, 0),
+        (true, false) => (PROTO_ICMP, 0, 0),
+        (false, true) => (PROTO_ICMPV6, 128, pseudo(ends, PROTO_ICMPV6)),
+        (false, false) => (PROTO_ICMPV6, 129, pseudo(ends, PROTO_ICMPV6)),
+    };
+    let mut message = vec![kind, 0, 0, 0];
+    message.extend(number.to_be_bytes());
+    message.extend([0, 1, 0xaa, 0xbb, 0xcc]);
+    set_checksum(&mut message, 2, sum);
+    frame(mac, ends, proto, &message)
+}
+
 /// The fragments of a datagram with `id`, cut after `at` bytes (a multiple of 8).
 pub fn fragments(mac: [u8; 6], ends: Ends, id: u16, datagram: &[u8], at: usize) -> [Vec<u8>; 2] {
     let (first, later) = datagram.split_at(at);
