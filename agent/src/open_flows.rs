@@ -129,7 +129,7 @@ pub async fn run(
     let mut schedule = Schedule::default();
     loop {
         let now = started.elapsed();
-        schedule.add(&inbox.take());
+        schedule.add(now, &inbox.take());
         if let Some(departed) = schedule.due(now) {
             let walk = walk(&datapath, &settings, &departed, &rounds);
             let result = tokio::select! {
