@@ -14,6 +14,11 @@ use isthmus_mesh::{MaglevConfig, maglev::TABLE_SIZES};
 use isthmus_model::{ClusterId, ClusterName, MaxConnectedClusters};
 use isthmus_runtime::command_line::{FlagError, LogArgs};
 
+mod outside;
+
+pub use self::outside::Outside;
+use self::outside::OutsideArgs;
+
 /// The node daemon: one upstream, pure merge, BPF maps.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "isthmus-agent", version)]
@@ -163,6 +168,8 @@ pub struct Args {
     )]
     admin_listen: SocketAddr,
     #[command(flatten)]
+    outside: OutsideArgs,
+    #[command(flatten)]
     log: LogArgs,
 }
 
@@ -227,6 +234,8 @@ pub struct Config {
     pub end_tcp_flows: bool,
     /// Answer packets to services without backends.
     pub no_backend_answer: bool,
+    /// Devices to the outside, and what is done there.
+    pub outside: Outside,
     /// Time between two sweeps of the conntrack table.
     pub conntrack_gc_interval: Duration,
     /// Time within which an unreachable cluster's backends leave rotation.
@@ -368,6 +377,7 @@ impl Args {
             end_pod_flows: self.bpf_lb_sock_terminate_pod_connections,
             end_tcp_flows: self.bpf_lb_sock_terminate_all_protos,
             no_backend_answer,
+            outside: self.outside.check()?,
             conntrack_gc_interval,
             unreachable_after,
             sync_timeout,

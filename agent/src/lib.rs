@@ -328,6 +328,7 @@ fn network_task(
         mtu: config.mtu,
         features: features(config),
         maglev_table_size: config.maglev.table_size,
+        outside: config.outside.clone(),
     };
     async move {
         network::run(netlink, datapath, settings, endpoints, inputs, outputs, shutdown).await;

@@ -1,4 +1,5 @@
-//! The node's devices and routes: VXLAN device, router addresses, forwarding, routes to remote pod CIDRs and to local pods.
+//! The node's devices and routes: VXLAN device, router addresses, forwarding, devices to the outside, routes to remote pod CIDRs
+//! and to local pods.
 //!
 //! In: what this node is ([`LocalNode`]), remote pod CIDRs, local endpoints. Out: kernel state, and whether endpoints can
 //! be made ([`Network`]). One task; each pass compares everything wanted with everything there. Between two full passes
@@ -10,9 +11,11 @@
 use std::{collections::BTreeSet, net::IpAddr, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
+use isthmus_bpf_abi::{NodeConfig, PrefixKey};
 use isthmus_datapath::{
     Datapath,
     device::{self, VxlanConfig},
+    outside::{self, OutsideDevice},
     routes::{self, Route},
 };
 use isthmus_model::ClusterId;
@@ -21,6 +24,7 @@ use rtnetlink::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
+    config::Outside,
     endpoints::keeper::{EndpointList, Network, Request, chain},
     node::LocalNode,
 };
@@ -61,6 +65,8 @@ pub struct Settings {
     pub features: u32,
     /// Entries of each Maglev table.
     pub maglev_table_size: u32,
+    /// Devices to the outside, and what is done there.
+    pub outside: Outside,
 }
 
 /// Who is told.
@@ -81,6 +87,8 @@ enum SetupError {
     Attach(#[from] isthmus_datapath::AttachError),
     #[error("cannot write the node's configuration")]
     Config(#[source] isthmus_datapath::MapError),
+    #[error("cannot read the range of local ports")]
+    LocalPorts(#[source] std::io::Error),
     #[error(transparent)]
     Routes(#[from] routes::RouteError),
     #[error("the agent is stopping")]
@@ -97,6 +105,8 @@ struct Task {
     left: Option<Left>,
     /// Destinations in the overlay that were wanted at some time.
     known: BTreeSet<(IpAddr, u8)>,
+    /// What was last said of the devices to the outside.
+    said: String,
 }
 
 /// What a pass left in the kernel.
@@ -124,6 +134,7 @@ pub async fn run(
         waiting: vec![],
         left: None,
         known: BTreeSet::new(),
+        said: String::new(),
     };
     let mut retry = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
     loop {
@@ -247,7 +258,7 @@ impl Task {
     }
 
     /// Device, addresses, programs, configuration; all of it may be there already. Returns the device and the MTU.
-    async fn set_up(&self, node: &LocalNode) -> Result<(u32, u32), SetupError> {
+    async fn set_up(&mut self, node: &LocalNode) -> Result<(u32, u32), SetupError> {
         let mtu = match self.settings.mtu {
             Some(mtu) => mtu,
             None => device::overlay_mtu(&self.netlink, node.tunnel_endpoint).await?,
@@ -258,28 +269,95 @@ impl Task {
             router_ips: node.router_ips.clone(),
         };
         let vxlan_ifindex = device::ensure_vxlan(&self.netlink, &vxlan).await?;
+        let settings = &self.settings;
+        let found = outside::survey(&self.netlink).await?;
+        let (devices, missing) = outside::choose(&found, &settings.outside.devices, &node.addresses);
+        let missing: Vec<_> = missing.iter().map(|pattern| pattern.as_str()).collect();
+        let said = describe(&devices, &missing);
+        let features = settings.features | settings.outside.features;
         let config = node.config(
-            self.settings.cluster_id,
+            settings.cluster_id,
             vxlan_ifindex,
-            self.settings.features,
-            self.settings.maglev_table_size,
+            features,
+            settings.maglev_table_size,
         );
+        let tunnel_port = settings.tunnel_port;
+        let no_masquerade = no_masquerade(&settings.outside.keep_source, node);
         let datapath = Arc::clone(&self.datapath);
         let steps = move || {
             device::enable_forwarding()?;
-            // First the configuration: the programs drop what they cannot judge.
-            datapath
-                .tables()
-                .set_node_config(&config)
+            let local = outside::local_ports().map_err(SetupError::LocalPorts)?;
+            let (ports, apart) = outside::snat_ports(&local);
+            let config = NodeConfig {
+                snat_port_min: *ports.start(),
+                snat_port_max: *ports.end(),
+                tunnel_port,
+                ..config
+            };
+            let tables = datapath.tables();
+            // First the configuration and what it needs: the programs drop what they cannot judge.
+            tables
+                .set_no_masquerade(&no_masquerade)
+                .and_then(|()| tables.set_devices(&devices.iter().map(OutsideDevice::entry).collect()))
+                .and_then(|()| tables.set_node_config(&config))
                 .map_err(SetupError::Config)?;
             datapath.attach_overlay(vxlan_ifindex)?;
-            Ok(())
+            let ifindexes: Vec<u32> = devices.iter().map(|device| device.ifindex).collect();
+            // A device that does not take a program must not keep pods from working.
+            let failed = datapath.attach_outside(&ifindexes);
+            let errors: Vec<String> = failed.iter().map(|error| chain(error)).collect();
+            let clash = (!apart).then_some(local);
+            Ok((errors, clash))
         };
-        tokio::task::spawn_blocking(steps)
+        let (errors, clash) = tokio::task::spawn_blocking(steps)
             .await
             .unwrap_or(Err(SetupError::Stopping))?;
+        for error in errors {
+            tracing::warn!(
+                error,
+                "a device to the outside has no hooks; trying again in a minute"
+            );
+        }
+        if self.said != said {
+            tracing::info!("{said}");
+            if let Some(local) = clash {
+                tracing::warn!(
+                    from = local.start(),
+                    to = local.end(),
+                    "the node's own sockets may take any port (net.ipv4.ip_local_port_range): their connections may meet those of pods and clients that leave with the node's address"
+                );
+            }
+            self.said = said;
+        }
         Ok((vxlan_ifindex, mtu))
     }
+}
+
+/// What the log says of the devices to the outside.
+fn describe(devices: &[OutsideDevice], missing: &[&str]) -> String {
+    let names: Vec<_> = devices.iter().map(|device| device.name.as_str()).collect();
+    let mut text = if names.is_empty() {
+        "no device leads outside: node ports and masquerading do nothing (--devices names them)".to_owned()
+    } else {
+        format!("devices to the outside: {}", names.join(", "))
+    };
+    if !missing.is_empty() {
+        text.push_str(&format!(
+            "; --devices also names {}, and none is so called",
+            missing.join(", ")
+        ));
+    }
+    text
+}
+
+/// What pods reach from their own addresses: the prefixes of the flags, and other pods of the node.
+fn no_masquerade(keep_source: &[IpNet], node: &LocalNode) -> BTreeSet<PrefixKey> {
+    let own = [node.ipv4_cidr.map(IpNet::V4), node.ipv6_cidr.map(IpNet::V6)];
+    let key = |cidr: &IpNet| PrefixKey {
+        prefix_len: if cidr.addr().is_ipv4() { 96 } else { 0 } + u32::from(cidr.prefix_len()),
+        address: isthmus_mesh::to_address(cidr.network()),
+    };
+    keep_source.iter().chain(own.iter().flatten()).map(key).collect()
 }
 
 /// Whether a route that nobody wants may go before every cluster's nodes are listed: one to a local pod, and, if this node
@@ -403,6 +481,18 @@ mod tests {
             text,
             ["10.1.0.2/32 9 Some(10.1.0.1)", "10.2.0.0/24 7 Some(10.1.0.1)"]
         );
+    }
+
+    #[test]
+    fn excluded_prefixes_and_the_nodes_own_keep_their_source() {
+        let keep: Vec<IpNet> = ["10.0.0.0/8", "fd00::/8"]
+            .map(|cidr| cidr.parse().unwrap())
+            .into();
+        let bits: Vec<u32> = no_masquerade(&keep, &node())
+            .iter()
+            .map(|key| key.prefix_len)
+            .collect();
+        assert_eq!(bits, [8, 104, 120]);
     }
 
     #[test]

@@ -310,7 +310,7 @@ pub(crate) fn errno(error: &rtnetlink::Error) -> Option<i32> {
     }
 }
 
-fn failed(call: &'static str, device: &str) -> impl Fn(rtnetlink::Error) -> DeviceError + use<> {
+pub(crate) fn failed(call: &'static str, device: &str) -> impl Fn(rtnetlink::Error) -> DeviceError + use<> {
     let device = device.to_owned();
     move |source| DeviceError::Netlink {
         call,

@@ -15,6 +15,7 @@ pub mod device;
 pub mod links;
 pub mod map;
 pub mod migrate;
+pub mod outside;
 pub mod pins;
 pub mod preflight;
 pub mod programs;

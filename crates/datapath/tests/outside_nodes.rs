@@ -13,7 +13,7 @@ use std::{
 use isthmus_bpf_abi::{
     PROTO_TCP, PROTO_UDP, PrefixKey, ServiceKey, ServiceValue, backend_state, service_flag,
 };
-use isthmus_datapath::{Datapath, DatapathConfig, MapOp};
+use isthmus_datapath::{Datapath, DatapathConfig, MapOp, PacketHook, links, outside};
 
 #[path = "support/lab.rs"]
 mod lab;
@@ -24,7 +24,7 @@ mod services;
 #[path = "support/world.rs"]
 mod world;
 
-use lab::{Lab, address, in_namespace, run};
+use lab::{Lab, address, in_namespace, run, with_netlink};
 use nodes::Node;
 use services::{backend, connect, echo, receive, serve};
 use world::{CLIENT, NEAR, build, expose};
@@ -375,6 +375,59 @@ fn a_backend_outside_is_reached_through_a_service() {
                 socket.send(b"?").unwrap();
                 assert_eq!([name, receive(&socket).0], ["outside"; 2]);
             });
+        }
+    });
+}
+
+#[test]
+fn devices_to_the_outside_are_found_and_hooks_leave_the_others() {
+    check(&[], |one, _, _| {
+        let attached = |hook| links::attached_devices(one.datapath.bpf_root(), hook).unwrap();
+        let (eth0, eth1) = (
+            lab::ifindex(&one.namespace, "eth0"),
+            lab::ifindex(&one.namespace, "eth1"),
+        );
+        let survey = |node: &[&str]| {
+            let node: Vec<_> = node.iter().map(|ip| ip.parse().unwrap()).collect();
+            in_namespace(&one.namespace, || {
+                let found = with_netlink(|netlink| async move { outside::survey(&netlink).await }).unwrap();
+                outside::choose(&found, &[], &node).0
+            })
+        };
+        let names = |devices: &[outside::OutsideDevice]| -> Vec<String> {
+            devices.iter().map(|device| device.name.clone()).collect()
+        };
+        assert_eq!(names(&survey(&["192.0.2.1"])), ["eth0"]);
+        run(&[
+            "ip",
+            "-n",
+            &one.namespace,
+            "-6",
+            "route",
+            "add",
+            "default",
+            "via",
+            CLIENT[1],
+        ]);
+        let both = survey(&["192.0.2.1", "2001:db8::1"]);
+        assert_eq!(names(&both), ["eth0", "eth1"]);
+        let addresses: Vec<_> = both
+            .iter()
+            .flat_map(|d| [d.ipv4.unwrap(), d.ipv6.unwrap()])
+            .collect();
+        let expected = ["192.0.2.1", "2001:db8::1", NEAR[0], NEAR[1]];
+        assert_eq!(
+            addresses,
+            expected.map(|ip| ip.parse::<std::net::IpAddr>().unwrap())
+        );
+        for hook in PacketHook::OF_OUTSIDE {
+            assert_eq!(attached(hook), [eth0, eth1]);
+        }
+        // One is no longer wanted, and one does not exist: the other has its hooks all the same.
+        let errors = in_namespace(&one.namespace, || one.datapath.attach_outside(&[9_999, eth1]));
+        assert_eq!(errors.len(), 2, "{errors:?}");
+        for hook in PacketHook::OF_OUTSIDE {
+            assert_eq!(attached(hook), [eth1]);
         }
     });
 }
