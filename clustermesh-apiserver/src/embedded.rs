@@ -102,15 +102,15 @@ pub struct LeaseInfo {
     pub keys: Vec<Bytes>,
 }
 
-/// To a command.
-type Reply = Result<Answer, CallError>;
+/// Who waits for an answer.
+type Asker<T> = oneshot::Sender<Result<T, CallError>>;
 
 /// Everything that is asked of the task.
 enum Ask {
-    Do(Command, oneshot::Sender<Reply>),
-    KeepAlive(i64, oneshot::Sender<Option<i64>>),
-    Lease(i64, oneshot::Sender<Option<LeaseInfo>>),
-    Leases(oneshot::Sender<Vec<i64>>),
+    Do(Command, Asker<Answer>),
+    KeepAlive(i64, Asker<Option<i64>>),
+    Lease(i64, Asker<Option<LeaseInfo>>),
+    Leases(Asker<Vec<i64>>),
 }
 
 /// How much room there is; told by the task.
@@ -137,17 +137,17 @@ impl Embedded {
 
     /// Gives a lease its whole TTL again and returns that in seconds; `None` = there is no such lease.
     pub async fn keep_alive(&self, id: i64) -> Result<Option<i64>, CallError> {
-        self.ask(|reply| Ask::KeepAlive(id, reply)).await
+        self.ask(|reply| Ask::KeepAlive(id, reply)).await?
     }
 
     /// A lease, if there is one.
     pub async fn lease(&self, id: i64) -> Result<Option<LeaseInfo>, CallError> {
-        self.ask(|reply| Ask::Lease(id, reply)).await
+        self.ask(|reply| Ask::Lease(id, reply)).await?
     }
 
     /// All leases.
     pub async fn leases(&self) -> Result<Vec<i64>, CallError> {
-        self.ask(Ask::Leases).await
+        self.ask(Ask::Leases).await?
     }
 
     /// Whether the last write that needed room was refused for lack of it: etcd's alarm NOSPACE.

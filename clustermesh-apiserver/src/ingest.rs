@@ -60,11 +60,39 @@ struct Pending {
     /// `present` names every key of the source.
     full: bool,
     changes: BTreeMap<Bytes, SourceChange>,
+    /// Bytes of their keys and values.
+    bytes: u64,
     /// Keys that the source has, as far as the list told.
     present: BTreeSet<Bytes>,
     new_history: bool,
     /// Cluster ID and revision of a list that is at its end.
     ended: Option<(u64, i64)>,
+}
+
+/// Bytes of a value and its key; none of a key that is gone.
+fn len(change: &SourceChange) -> u64 {
+    match change {
+        SourceChange::Put { key, value, .. } => (key.len() + value.len()) as u64,
+        SourceChange::Shared(encoded) => (encoded.key().len() + encoded.value().len()) as u64,
+        SourceChange::Delete { .. } => 0,
+    }
+}
+
+impl Pending {
+    fn take_out(&mut self, key: &[u8]) {
+        if let Some(before) = self.changes.remove(key) {
+            self.bytes -= len(&before);
+        }
+    }
+}
+
+/// What stands in a list that is not in the store yet.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Listed {
+    /// It names every key: what the store has now will be gone, or be these.
+    pub full: bool,
+    /// Bytes of keys and values.
+    pub bytes: u64,
 }
 
 impl Ingest {
@@ -136,13 +164,24 @@ impl Ingest {
         for ingested in changes {
             let ingested = ingested.on_its_own();
             let key = ingested.shared_key();
-            if matches!(ingested, Ingested::Change(SourceChange::Delete { .. })) {
-                pending.present.remove(&key);
-            } else {
-                pending.present.insert(key.clone());
-            }
-            if let Ingested::Change(change) = ingested {
-                pending.changes.insert(key, change);
+            match ingested {
+                Ingested::Kept(_) => {
+                    pending.present.insert(key);
+                }
+                Ingested::Change(change @ SourceChange::Delete { .. }) => {
+                    pending.present.remove(&key);
+                    pending.take_out(&key);
+                    // Of a list that names every key it is enough that this one is not named; what nobody has need not go.
+                    if !pending.full && store.entry_len(sub, &key) > 0 {
+                        pending.changes.insert(key, change);
+                    }
+                }
+                Ingested::Change(change) => {
+                    pending.present.insert(key.clone());
+                    pending.take_out(&key);
+                    pending.bytes += len(&change);
+                    pending.changes.insert(key, change);
+                }
             }
         }
     }
@@ -172,9 +211,18 @@ impl Ingest {
         pending.ended.is_some().then_some(&pending.present)
     }
 
-    /// Whether a list is under way or waits.
-    pub fn is_pending(&self) -> bool {
-        self.pending.is_some()
+    /// What stands in the list that is under way or waits.
+    pub fn listed(&self) -> Option<Listed> {
+        let pending = self.pending.as_ref()?;
+        Some(Listed {
+            full: pending.full,
+            bytes: pending.bytes,
+        })
+    }
+
+    /// Bytes of a key and its value in the list that is under way or waits, if it has it.
+    pub fn listed_len(&self, key: &[u8]) -> Option<u64> {
+        self.pending.as_ref()?.changes.get(key).map(len)
     }
 
     /// Lets a list that is at its end into the store: its source has published everything again.
@@ -303,6 +351,45 @@ mod tests {
         assert!(world.ingest.waiting().is_none());
         world.changes(8, vec![delete("cilium/state/b", 7), put("cilium/state/e", 8)]);
         assert_eq!(world.state(), (2, 8));
+    }
+
+    #[test]
+    fn what_waits_is_no_more_than_what_the_source_has() {
+        let mut world = world();
+        world.list(7, 10, true, vec![put("cilium/state/a", 1)]);
+        world.list(8, 1, true, vec![]);
+        let one = Some(Listed {
+            full: true,
+            bytes: 15,
+        });
+        for revision in 2..100 {
+            world.changes(revision, vec![put("cilium/state/b", revision)]);
+            assert_eq!(world.ingest.listed(), one);
+            assert_eq!(world.ingest.listed_len(b"cilium/state/b"), Some(15));
+        }
+        world.changes(
+            100,
+            vec![delete("cilium/state/b", 100), delete("cilium/state/c", 100)],
+        );
+        let pending = world.ingest.pending.as_ref().unwrap();
+        assert_eq!(
+            (pending.bytes, pending.changes.len(), pending.present.len()),
+            (0, 0, 0)
+        );
+        world.ingest.release(&mut world.store, &SubId::Own);
+        assert_eq!(world.state(), (0, 100));
+        // A list of differences: only what is there can go.
+        world.changes(101, vec![put("cilium/state/a", 101)]);
+        world.ingest.on_listing(true);
+        world.changes(
+            110,
+            vec![delete("cilium/state/a", 110), delete("cilium/state/c", 110)],
+        );
+        assert_eq!(world.ingest.pending.as_ref().unwrap().changes.len(), 1);
+        world
+            .ingest
+            .on_listed(&mut world.store, &SubId::Own, 8, 110, false);
+        assert_eq!(world.state(), (0, 110));
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod source;
 pub mod store;
 
 use std::{
+    collections::BTreeSet,
     net::SocketAddr,
     path::{Path, PathBuf},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -208,10 +209,10 @@ impl Bound {
                 let (connection, feeding) = (config.connection.clone(), feeding.clone());
                 let followed = follow(etcd, connection, [source::feed()], feeding.child_token());
                 let task = tokio::spawn(async move {
+                    // Without it, however it ends, this server would serve what it knows now for ever, and say that all is well.
+                    let _stop = stop.drop_guard();
                     source::run(followed, shared, health).await;
-                    // Without it this server would serve what it knows now for ever, and say that all is well.
                     let early = !feeding.is_cancelled();
-                    stop.cancel();
                     anyhow::ensure!(!early, "the reader of the own etcd has ended without a reason");
                     Ok(())
                 });
@@ -222,9 +223,9 @@ impl Bound {
                 let (handle, task) = embedded::start(*opened, shared.clone(), &health, metrics, limits);
                 let (stop, feeding) = (shutdown.clone(), feeding.clone());
                 let task = tokio::spawn(async move {
+                    // Without it, however it ends, no write would be answered.
+                    let _stop = stop.drop_guard();
                     let result = task.run(feeding).await;
-                    // Without it no write would be answered.
-                    stop.cancel();
                     result.context("the embedded store failed")
                 });
                 (task, Some(handle))
@@ -306,6 +307,7 @@ async fn age(age: Duration, shared: Shared, shutdown: CancellationToken) {
 }
 
 async fn measure(metrics: StoreMetrics, own: ClusterName, shared: Shared, shutdown: CancellationToken) {
+    let mut shown = BTreeSet::new();
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return,
@@ -316,16 +318,7 @@ async fn measure(metrics: StoreMetrics, own: ClusterName, shared: Shared, shutdo
             ids.filter_map(|id| Some((id.clone(), store.status(id)?)))
                 .collect()
         });
-        // Sub-stores of removed clusters go.
-        for family in [
-            &metrics.revision,
-            &metrics.keys,
-            &metrics.bytes,
-            &metrics.history_len,
-            &metrics.history_bytes,
-        ] {
-            family.clear();
-        }
+        let mut gone = std::mem::take(&mut shown);
         for (id, status) in statuses {
             let label = match &id {
                 SubId::Own => metrics::Sub {
@@ -348,6 +341,20 @@ async fn measure(metrics: StoreMetrics, own: ClusterName, shared: Shared, shutdo
                 .history_bytes
                 .get_or_create(&label)
                 .set(status.history_bytes as i64);
+            gone.remove(&label);
+            shown.insert(label);
+        }
+        // Only those: a reader of metrics may come at any time.
+        for label in gone {
+            for family in [
+                &metrics.revision,
+                &metrics.keys,
+                &metrics.bytes,
+                &metrics.history_len,
+                &metrics.history_bytes,
+            ] {
+                family.remove(&label);
+            }
         }
     }
 }

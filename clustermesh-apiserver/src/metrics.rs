@@ -53,7 +53,7 @@ pub struct Refused {
 }
 
 /// Label: a sub-store.
-#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, PartialEq)]
+#[derive(Clone, Debug, EncodeLabelSet, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Sub {
     /// Cluster whose state it is.
     pub source_cluster: String,

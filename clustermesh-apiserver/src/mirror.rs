@@ -289,7 +289,18 @@ impl Mirror {
         }
     }
 
+    /// Takes out the cluster's task if it has ended without having been told to, which only a panic makes it. What it mirrored
+    /// stays, and another one goes on from there.
+    fn take_out_dead(&mut self, name: &ClusterName) {
+        let dead = |running: &Running| running.task.is_finished() && !self.shutdown.is_cancelled();
+        if self.running.get(name).is_some_and(dead) {
+            tracing::error!(cluster = %name, "mirroring ended in a panic; beginning again with what is known");
+            self.running.remove(name);
+        }
+    }
+
     fn set(&mut self, name: ClusterName, text: String, file: RemoteFile) {
+        self.take_out_dead(&name);
         if let Some(known) = self.running.get_mut(&name) {
             known.complaint.send_if_modified(|before| {
                 let changed = !before.is_empty();

@@ -41,7 +41,7 @@ use isthmus_proto::etcdserverpb::{
 };
 use isthmus_runtime::{CancellationToken, Health, State};
 use isthmus_tls::ServerTls;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, task::JoinSet};
 use tokio_util::task::TaskTracker;
 use tonic::service::Routes;
 
@@ -211,9 +211,14 @@ pub async fn serve(
     let _stop = stop.clone().drop_guard();
     let closing = stop.child_token();
     let connections = TaskTracker::new();
-    tokio::spawn(locks::expire(context.clone(), stop.clone()));
-    let look_after = registry::look_after(context.clone(), tls.clone(), health.clone(), stop);
-    tokio::spawn(look_after);
+    let mut tasks = JoinSet::new();
+    tasks.spawn(locks::expire(context.clone(), stop.clone()));
+    tasks.spawn(registry::look_after(
+        context.clone(),
+        tls.clone(),
+        health.clone(),
+        stop,
+    ));
     let mut accepting = tokio::spawn(accept::accept(
         listener,
         tls,
@@ -225,8 +230,9 @@ pub async fn serve(
     let ended = |result: Result<(), tokio::task::JoinError>| result.map_err(std::io::Error::other);
     tokio::select! {
         () = shutdown.cancelled() => {}
-        // It does not end before it is told to.
+        // None of them ends before it is told to, unless by a panic.
         result = &mut accepting => return ended(result),
+        Some(result) = tasks.join_next() => return ended(result),
     }
     let grace = context.limits.shutdown_grace;
     health.set(

@@ -12,18 +12,21 @@ use tokio::{runtime::Handle, sync::watch, time::Instant};
 
 use crate::store::Store;
 
-/// What one more reader that is told something adds to the time between two rounds of wake-ups: a few times what it costs to
+/// What one more reader that is told something adds to the time for which changes are gathered: somewhat more than it costs to
 /// wake it and to write to its connection, so that rounds leave most of a machine to others however many readers there are.
-const PACE_PER_READER: Duration = Duration::from_micros(40);
-/// Rounds are never further apart.
-const PACE_MAX: Duration = Duration::from_millis(50);
-/// Rounds this close are not held apart: the timer is not finer.
-const PACE_MIN: Duration = Duration::from_millis(1);
+const GATHER_PER_READER: Duration = Duration::from_micros(24);
+/// Changes wait no longer than this; twice as long while there are many.
+const GATHER_MAX: Duration = Duration::from_millis(25);
+/// Those that would wait less do not: the timer is not finer.
+const GATHER_MIN: Duration = Duration::from_millis(1);
+/// More changes than this in one round are many. Then a round costs little beside what is in it, and it is the sum of rounds
+/// that counts.
+const MANY: usize = 8;
 
 /// The store and its wake-up. Cheap to clone.
 ///
-/// Readers are woken in rounds. A change after a quiet time begins one at once; changes during the pause that follows it wake
-/// readers together when the pause is over, and so leave in one message to each.
+/// Readers are woken in rounds. A change after a quiet time begins one at once; one that comes soon after a round waits, and
+/// the changes that come meanwhile go with it and so leave in one message to each reader.
 #[derive(Clone, Debug)]
 pub struct Shared {
     store: Arc<RwLock<Store>>,
@@ -36,19 +39,22 @@ pub struct Shared {
 #[derive(Debug, Default)]
 struct Rounds {
     last: Option<Instant>,
-    /// A round will begin when the pause is over.
+    /// A round will begin when changes were gathered for long enough.
     waits: bool,
+    /// Changes that go into the next round, and went into the last one.
+    changes: usize,
+    changes_before: usize,
     /// Readers that were told something in the round before the last one, which may not have come to its end.
     told_before: usize,
 }
 
-/// The pause after a round of so many wake-ups.
-fn pace(readers: usize) -> Duration {
-    let pause = PACE_PER_READER.saturating_mul(u32::try_from(readers).unwrap_or(u32::MAX));
-    if pause < PACE_MIN {
+/// For how long changes are gathered that soon follow a round of so many wake-ups and changes.
+fn gather(readers: usize, changes: usize) -> Duration {
+    let time = GATHER_PER_READER.saturating_mul(u32::try_from(readers).unwrap_or(u32::MAX));
+    if time < GATHER_MIN {
         Duration::ZERO
     } else {
-        pause.min(PACE_MAX)
+        time.min(GATHER_MAX) * if changes > MANY { 2 } else { 1 }
     }
 }
 
@@ -56,12 +62,16 @@ impl Rounds {
     /// Asks for a round, when `told` readers were told something since the last one began. `None` = one that begins later will
     /// do; else when it begins, for which the caller has to care.
     fn ask(&mut self, now: Instant, told: usize) -> Option<Instant> {
+        self.changes += 1;
         if self.waits {
             return None;
         }
-        let pause = pace(told.max(self.told_before));
-        let at = self.last.map_or(now, |last| now.max(last + pause));
-        self.waits = at > now;
+        let time = gather(told.max(self.told_before), self.changes_before);
+        let soon = self
+            .last
+            .is_some_and(|last| now.saturating_duration_since(last) < time);
+        let at = if soon { now + time } else { now };
+        self.waits = soon;
         self.last = Some(at);
         Some(at)
     }
@@ -70,6 +80,7 @@ impl Rounds {
     fn begin(&mut self, told: usize) {
         self.waits = false;
         self.told_before = told;
+        self.changes_before = std::mem::take(&mut self.changes);
     }
 }
 
@@ -91,7 +102,7 @@ impl Shared {
         read(&self.store.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Changes the store and wakes everyone who waits, if anything changed: at once, or when the present pause is over.
+    /// Changes the store and wakes everyone who waits, if anything changed: at once, or a little later together with others.
     pub fn update<T>(&self, update: impl FnOnce(&mut Store) -> T) -> T {
         let (result, revision) = {
             let mut store = self.store.write().unwrap_or_else(PoisonError::into_inner);
@@ -159,54 +170,80 @@ mod tests {
 
     #[test]
     fn few_readers_are_woken_at_once_and_many_soon() {
-        assert_eq!(pace(0), Duration::ZERO);
-        assert_eq!(pace(20), Duration::ZERO);
-        assert_eq!(pace(500), Duration::from_millis(20));
-        assert_eq!(pace(usize::MAX), PACE_MAX);
+        assert_eq!(gather(0, 1), Duration::ZERO);
+        assert_eq!(gather(40, 100), Duration::ZERO);
+        assert_eq!(gather(500, 2), Duration::from_millis(12));
+        assert_eq!(gather(500, 40), Duration::from_millis(24));
+        assert_eq!(gather(usize::MAX, usize::MAX), GATHER_MAX * 2);
     }
 
     proptest! {
         #[test]
-        fn every_change_is_in_a_round_that_begins_within_the_pause(changes in proptest::collection::vec((0u64..40_000, 0usize..1500), 1..60)) {
+        fn every_change_is_in_a_round_that_begins_in_time_and_rounds_keep_apart(changes in proptest::collection::vec((0u64..40_000, 0usize..1500), 1..60)) {
             let (mut rounds, mut now) = (Rounds::default(), Instant::now());
-            // When rounds began, and how many readers each told.
-            let mut begun: Vec<(Instant, usize)> = vec![];
+            // When rounds began, how many readers each told, and with how many changes.
+            let mut begun: Vec<(Instant, usize, usize)> = vec![];
             let mut waiting: Option<Instant> = None;
+            let mut gathered = 0;
             for (gap, told) in changes {
                 now += Duration::from_micros(gap);
-                let last = begun.last().map_or(0, |(_, told)| *told);
+                let last = |begun: &[(Instant, usize, usize)]| begun.last().map_or(0, |(_, told, _)| *told);
                 if let Some(at) = waiting.take_if(|at| *at <= now) {
-                    rounds.begin(last);
-                    begun.push((at, told));
+                    rounds.begin(last(&begun));
+                    begun.push((at, told, std::mem::take(&mut gathered)));
                 }
-                let last = begun.last().map_or(0, |(_, told)| *told);
-                match rounds.ask(now, last) {
+                gathered += 1;
+                match rounds.ask(now, last(&begun)) {
                     None => prop_assert!(waiting.is_some()),
                     Some(at) if at > now => waiting = Some(at),
                     Some(at) => {
-                        rounds.begin(last);
-                        begun.push((at, told));
+                        rounds.begin(last(&begun));
+                        begun.push((at, told, std::mem::take(&mut gathered)));
                     }
                 }
-                prop_assert!(waiting.unwrap_or(now) <= now + PACE_MAX);
+                prop_assert!(waiting.unwrap_or(now) <= now + GATHER_MAX * 2);
             }
-            prop_assert!(begun.windows(2).all(|pair| pair[1].0 - pair[0].0 >= pace(pair[0].1)));
+            for pair in begun.windows(2) {
+                let (at, told, changes) = pair[0];
+                prop_assert!(pair[1].0 - at >= gather(told, changes), "{pair:?}");
+            }
         }
     }
 
     #[test]
-    fn a_round_that_has_hardly_begun_holds_as_long_as_the_one_before() {
+    fn a_steady_stream_is_gathered_in_twos_and_waits_no_longer_than_for_that() {
         let (mut rounds, begin) = (Rounds::default(), Instant::now());
-        rounds.begin(500);
-        assert_eq!(rounds.ask(begin, 500), Some(begin));
+        let mut waiting: Option<Instant> = None;
+        let mut sizes = vec![];
+        for number in 0..100 {
+            let now = begin + Duration::from_millis(10 * number);
+            if waiting.take_if(|at| *at <= now).is_some() {
+                sizes.push(rounds.changes);
+                rounds.begin(500);
+            }
+            if let Some(at) = rounds.ask(now, 500) {
+                assert!(at - now <= Duration::from_millis(12));
+                waiting = (at > now).then_some(at);
+                if waiting.is_none() {
+                    rounds.begin(500);
+                }
+            }
+        }
+        assert!(
+            sizes.len() > 40 && sizes.iter().all(|changes| *changes == 2),
+            "{sizes:?}"
+        );
+    }
+
+    #[test]
+    fn a_round_that_has_hardly_begun_counts_like_the_one_before() {
+        let (mut rounds, begin) = (Rounds::default(), Instant::now());
+        let at = |ms| Some(begin + Duration::from_millis(ms));
+        assert_eq!(rounds.ask(begin, 500), at(0));
         rounds.begin(500);
         // Three of them have taken theirs yet.
-        let at = rounds.ask(begin + Duration::from_millis(1), 3);
-        assert_eq!(at, Some(begin + Duration::from_millis(20)));
+        assert_eq!(rounds.ask(begin + Duration::from_millis(1), 3), at(13));
         rounds.begin(3);
-        assert_eq!(
-            rounds.ask(begin + Duration::from_millis(21), 3),
-            Some(begin + Duration::from_millis(21))
-        );
+        assert_eq!(rounds.ask(begin + Duration::from_millis(14), 3), at(14));
     }
 }

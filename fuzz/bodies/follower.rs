@@ -61,7 +61,7 @@ fn input(kind: u8, message: &[u8]) -> Option<Input> {
 
 /// Inputs: a byte that says of which kind, one that is a message's length, the message.
 pub fn run(mut bytes: &[u8]) {
-    let feed = Feed::prefix("cilium/state/", 1024).with_keys_max(KEYS_MAX);
+    let feed = Feed::prefix("cilium/state/", 1024).with_keys_max(KEYS_MAX, usize::MAX);
     let mut follower = Follower::new(feed);
     let mut told = BTreeSet::new();
     while let [kind, len, rest @ ..] = bytes {

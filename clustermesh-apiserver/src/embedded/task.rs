@@ -16,7 +16,7 @@ use tokio::{
 };
 
 use super::{
-    Answer, Ask, CallError, Command, LeaseInfo, Limits, Refusal, Reply, Standing,
+    Answer, Ask, Asker, CallError, Command, LeaseInfo, Limits, Refusal, Standing,
     deadlines::Ends,
     disk::{Disk, Happened},
     file::{OpenError, Opened},
@@ -26,7 +26,7 @@ use super::{
 use crate::{
     metrics::EmbeddedMetrics,
     shared::Shared,
-    store::{Ages, RangeError, Relist, Route, SourceChange, Store, SubId},
+    store::{Ages, Relist, Route, SourceChange, Store, SubId},
 };
 
 /// Name of this part in the health register.
@@ -151,10 +151,7 @@ impl Past for SharedPast<'_> {
     fn range(&self, request: &RangeRequest) -> Result<RangeResponse, Refusal> {
         let own = Route::Sub(SubId::Own);
         let answer = self.0.read(|store| store.range(&own, request));
-        answer.map_err(|error| match error {
-            RangeError::Compacted => Refusal::Compacted,
-            RangeError::Future => Refusal::Future,
-        })
+        Ok(answer?)
     }
 }
 
@@ -165,7 +162,7 @@ struct Group {
     bytes: usize,
     changes: Vec<SourceChange>,
     compacted: Option<i64>,
-    replies: Vec<(tokio::sync::oneshot::Sender<Reply>, Reply)>,
+    replies: Vec<(Asker<Answer>, Result<Answer, CallError>)>,
 }
 
 impl Group {
@@ -223,13 +220,18 @@ impl Task {
 
     fn on_ask(&mut self, ask: Ask, group: &mut Group) {
         let now = Instant::now();
+        // What is not flushed is answered to those only who wait for that.
+        let waits = match &ask {
+            Ask::Do(command, _) => self.state.reads_past(command),
+            Ask::KeepAlive(..) | Ask::Lease(..) | Ask::Leases(_) => true,
+        };
+        if waits && !group.writes.is_empty() {
+            self.deferred = Some(ask);
+            return;
+        }
         // Who asked and went away needs no answer.
         match ask {
             Ask::Do(command, reply) => {
-                if !group.writes.is_empty() && self.state.reads_past(&command) {
-                    self.deferred = Some(Ask::Do(command, reply));
-                    return;
-                }
                 let result = match &self.lost {
                     Some(error) => Err(CallError::Disk(error.clone())),
                     None => self.on_command(&command, now, group).map_err(CallError::from),
@@ -241,7 +243,7 @@ impl Task {
                 if let Some(ttl) = ttl {
                     self.ends.set(id, now, ttl);
                 }
-                let _ = reply.send(ttl);
+                let _ = reply.send(Ok(ttl));
             }
             Ask::Lease(id, reply) => {
                 let lease = self.state.lease(id).map(|(ttl, keys)| LeaseInfo {
@@ -249,10 +251,11 @@ impl Task {
                     ttl,
                     keys,
                 });
-                let _ = reply.send(lease);
+                let _ = reply.send(Ok(lease));
             }
             Ask::Leases(reply) => {
-                let _ = reply.send(self.state.leases().map(|(id, _)| id).collect());
+                let leases = self.state.leases().map(|(id, _)| id).collect();
+                let _ = reply.send(Ok(leases));
             }
         }
     }

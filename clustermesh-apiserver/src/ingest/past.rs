@@ -166,7 +166,9 @@ impl Gathering {
     }
 
     pub(super) fn on_tick(&mut self, store: &mut Store, sub: &SubId, now_ms: u64) {
-        if self.hold_until_ms.take_if(|until| *until <= now_ms).is_some() && self.list.is_some() {
+        // A clock that was set back is no reason to wait longer.
+        let waits = |until: u64| (1..=HOLD_MS).contains(&until.saturating_sub(now_ms));
+        if self.hold_until_ms.take_if(|until| !waits(*until)).is_some() && self.list.is_some() {
             store.expect_nothing(sub);
         }
     }

@@ -16,7 +16,7 @@ use isthmus_kvstore::{Change, Feed, Update};
 use isthmus_model::{ClusterName, MaxConnectedClusters};
 use isthmus_wire::{
     keys::{self, CLUSTER_CONFIG, HEARTBEAT, Kind, REMOTE_STATUS, SYNCED, Scope},
-    refusal::VALUE_LEN_MAX,
+    refusal::{KEY_LEN_MAX, VALUE_LEN_MAX},
     status::RemoteStatus,
 };
 
@@ -30,7 +30,6 @@ use crate::{
     ingest::Ingest,
     store::{Store, SubId},
 };
-use objects::Pending;
 
 /// Canaries that are remembered; a remote has a handful.
 const CANARIES_MAX: usize = 64;
@@ -78,7 +77,6 @@ struct Mirrored {
     /// The source's cluster ID, once it was listed.
     source_id: u64,
     /// The list that is under way.
-    pending: Option<Pending>,
     /// Objects were refused for want of room: what the smallest of them needs, in bytes.
     short_of: Option<u64>,
 }
@@ -162,8 +160,8 @@ impl Remote {
     pub fn feeds(&self) -> Vec<Feed> {
         let mut feeds = vec![
             Feed::key(&keys::cluster_config(&self.cluster), VALUE_LEN_MAX),
-            Feed::prefix(HEARTBEAT, VALUE_LEN_MAX),
-            Feed::prefix(&self.synced_prefix(), VALUE_LEN_MAX),
+            Feed::prefix(HEARTBEAT, VALUE_LEN_MAX).with_keys_max(CANARIES_MAX, KEY_LEN_MAX),
+            Feed::prefix(&self.synced_prefix(), VALUE_LEN_MAX).with_keys_max(CANARIES_MAX, KEY_LEN_MAX),
         ];
         feeds.extend(self.kinds.values().map(|(_, mirrored)| mirrored.feed.clone()));
         feeds
@@ -202,10 +200,6 @@ impl Remote {
             } => {
                 if let Some((kind, mirrored)) = self.kinds.get_mut(&feed) {
                     mirrored.ingest.on_listing(trusted);
-                    mirrored.pending = Some(Pending {
-                        full: !trusted,
-                        bytes: 0,
-                    });
                     // More than are followed do not come.
                     let expected = expected.min(mirrored.feed.keys_max as u64);
                     self.progress.on_listing(*kind, expected, now_ms);
@@ -448,7 +442,6 @@ impl Remote {
                 ingest: Ingest::default(),
                 synced: false,
                 source_id: 0,
-                pending: None,
                 short_of: None,
             };
             self.kinds.insert(feed.name.clone(), (kind, mirrored));
@@ -471,9 +464,6 @@ impl Remote {
             let complete = !admitted.canaries || (canaries_live && self.canaries.contains(base));
             if published && complete {
                 mirrored.ingest.release(store, &mirrored.sub);
-            }
-            if mirrored.pending.is_some() && !mirrored.ingest.is_pending() {
-                mirrored.pending = None;
             }
             if self.live.contains(name)
                 && mirrored.ingest.waiting().is_none()

@@ -119,7 +119,8 @@ pub(super) async fn accept(
                 let handshakes = handshakes.clone();
                 async move {
                     let timeout = context.limits.handshake_timeout;
-                    let shaken = tokio::time::timeout(timeout, shake(tcp, &tls)).await;
+                    // In a box of its own, for what a handshake takes of memory is given back when it is over.
+                    let shaken = tokio::time::timeout(timeout, Box::pin(shake(tcp, &tls))).await;
                     // Unless it was evicted in this moment: then its task ends at its next wait.
                     handshakes.inner().remove(&number);
                     match shaken {
@@ -147,7 +148,8 @@ pub(super) async fn accept(
 
 /// A finished handshake, and the state of the TLS files that it was made with.
 struct Shaken {
-    stream: TlsStream<TcpStream>,
+    /// In a box: it is handed on from future to future, each of which would keep room for it.
+    stream: Box<TlsStream<TcpStream>>,
     state: Arc<isthmus_tls::ServerState>,
 }
 
@@ -164,7 +166,10 @@ async fn shake(tcp: TcpStream, tls: &ServerTls) -> io::Result<Shaken> {
     )?;
     let state = tls.current();
     let stream = TlsAcceptor::from(state.config()).accept(tcp).await?;
-    Ok(Shaken { stream, state })
+    Ok(Shaken {
+        stream: Box::new(stream),
+        state,
+    })
 }
 
 /// A client's place at the border; given back with the value.

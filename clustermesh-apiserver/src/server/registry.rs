@@ -28,6 +28,13 @@ const SETTLED: Duration = Duration::from_secs(5);
 /// Name of the certificates in the health register.
 const CERTIFICATES: &str = "certificates";
 
+#[derive(Debug)]
+struct Open {
+    peer: Arc<Peer>,
+    /// When a certificate of its chain ends, Unix seconds.
+    end: Option<u64>,
+}
+
 /// The open connections.
 #[derive(Debug, Default)]
 pub(crate) struct Registry(Mutex<Inner>);
@@ -35,7 +42,7 @@ pub(crate) struct Registry(Mutex<Inner>);
 #[derive(Debug, Default)]
 struct Inner {
     next: u64,
-    open: BTreeMap<u64, Arc<Peer>>,
+    open: BTreeMap<u64, Open>,
     /// When a certificate of whose chain ends, Unix seconds.
     expiring: BTreeSet<(u64, u64)>,
     /// Until when who must have spoken, soonest first.
@@ -45,10 +52,25 @@ struct Inner {
 }
 
 impl Inner {
-    fn expect_expiry(&mut self, id: u64, peer: &Peer, now: UnixTime) {
-        if let Some(end) = next_expiry(&peer.chain, now) {
-            self.expiring.insert((end.as_secs(), id));
-        }
+    /// Waits for the next end of a connection's certificates. Nothing for one that is gone.
+    fn expect_expiry(&mut self, id: u64, now: UnixTime) {
+        let Some(open) = self.open.get_mut(&id) else {
+            return;
+        };
+        let end = next_expiry(&open.peer.chain, now).map(|end| end.as_secs());
+        let before = std::mem::replace(&mut open.end, end);
+        before.map(|before| self.expiring.remove(&(before, id)));
+        end.map(|end| self.expiring.insert((end, id)));
+    }
+
+    fn insert(&mut self, id: u64, peer: Arc<Peer>, now: UnixTime) {
+        self.open.insert(id, Open { peer, end: None });
+        self.expect_expiry(id, now);
+    }
+
+    fn remove(&mut self, id: u64) {
+        let end = self.open.remove(&id).and_then(|open| open.end);
+        end.map(|end| self.expiring.remove(&(end, id)));
     }
 
     /// Those of whose chains a certificate has ended.
@@ -56,7 +78,7 @@ impl Inner {
         let later = self.expiring.split_off(&(now.as_secs() + 1, 0));
         let due = std::mem::replace(&mut self.expiring, later);
         due.into_iter()
-            .filter_map(|(_, id)| Some((id, self.open.get(&id)?.clone())))
+            .filter_map(|(_, id)| Some((id, self.open.get(&id)?.peer.clone())))
             .collect()
     }
 
@@ -64,8 +86,8 @@ impl Inner {
     fn never_spoke(&mut self, now: Duration) -> Vec<Arc<Peer>> {
         let mut found = Vec::new();
         while let Some((_, id)) = self.silent.pop_front_if(|(until, _)| *until <= now) {
-            let peer = self.open.get(&id).filter(|peer| !peer.has_spoken());
-            found.extend(peer.cloned());
+            let peer = self.open.get(&id).map(|open| &open.peer);
+            found.extend(peer.filter(|peer| !peer.has_spoken()).cloned());
         }
         found
     }
@@ -80,7 +102,7 @@ pub(super) struct Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.context.registry.inner().open.remove(&self.id);
+        self.context.registry.inner().remove(self.id);
     }
 }
 
@@ -95,8 +117,7 @@ impl Registry {
         let mut inner = context.registry.inner();
         let id = inner.next;
         inner.next += 1;
-        inner.open.insert(id, peer.clone());
-        inner.expect_expiry(id, peer, UnixTime::now());
+        inner.insert(id, peer.clone(), UnixTime::now());
         inner.silent.push_back((until, id));
         if inner.leaving {
             peer.leave();
@@ -109,14 +130,15 @@ impl Registry {
 
     fn all(&self) -> Vec<(u64, Arc<Peer>)> {
         let inner = self.inner();
-        inner.open.iter().map(|(id, peer)| (*id, peer.clone())).collect()
+        let peers = inner.open.iter().map(|(id, open)| (*id, open.peer.clone()));
+        peers.collect()
     }
 
     /// Everybody who is there, and from now on everybody who comes is told to leave at once.
     pub(super) fn begin_to_leave(&self) -> Vec<Arc<Peer>> {
         let mut inner = self.inner();
         inner.leaving = true;
-        inner.open.values().cloned().collect()
+        inner.open.values().map(|open| open.peer.clone()).collect()
     }
 }
 
@@ -151,7 +173,7 @@ pub(super) async fn look_after(
         for (id, peer) in expired {
             // The chain may hold another way to a CA.
             if judge(&context, &seen, &peer, now) {
-                context.registry.inner().expect_expiry(id, &peer, now);
+                context.registry.inner().expect_expiry(id, now);
             }
         }
         let silent = context.registry.inner().never_spoke(context.now());
@@ -253,16 +275,21 @@ mod tests {
     fn a_chain_is_due_in_the_second_after_its_last_one() {
         let mut inner = Inner::default();
         for (id, year) in [(0, 2031), (1, 2032), (2, 2031)] {
-            let peer = peer(year);
-            inner.expect_expiry(id, &peer, at(END - 10));
-            inner.open.insert(id, peer);
+            inner.insert(id, peer(year), at(END - 10));
         }
-        inner.open.remove(&2);
+        inner.remove(2);
+        assert_eq!(inner.expiring.len(), 2, "who is gone is not waited for");
         assert!(inner.expired(at(END)).is_empty());
         let due: Vec<u64> = inner.expired(at(END + 1)).into_iter().map(|(id, _)| id).collect();
         assert_eq!(due, [0], "1 ends later, 2 has gone");
         assert!(inner.expired(at(END + 1)).is_empty(), "once");
+        // Judged again, by another certificate of its chain: it waits once.
+        inner.expect_expiry(1, at(END + 1));
+        inner.expect_expiry(1, at(END + 1));
+        assert_eq!(inner.expiring.len(), 1);
         assert_eq!(inner.expired(at(2 * END)).len(), 1);
+        inner.remove(1);
+        assert!(inner.expiring.is_empty());
     }
 
     #[test]
@@ -271,7 +298,7 @@ mod tests {
         for (id, heard) in [(0, 0), (1, 23), (2, 24), (3, 0)] {
             let peer = peer(2031);
             peer.hears(heard);
-            inner.open.insert(id, peer);
+            inner.insert(id, peer, at(END - 10));
             inner.silent.push_back((second * (id as u32 + 1), id));
         }
         assert_eq!(inner.never_spoke(second * 3).len(), 2);

@@ -276,7 +276,8 @@ impl WatchStream {
         }
     }
 
-    /// IDs are never used twice in a stream, also not after a cancel.
+    /// IDs that are chosen here are never chosen twice in a stream, also not after a cancel; those that clients chose are free
+    /// again then, as with etcd.
     fn free_id(&mut self) -> i64 {
         while self.watches.contains_key(&self.next_id) {
             self.next_id += 1;
@@ -287,6 +288,8 @@ impl WatchStream {
 
     fn remove(&mut self, id: i64) -> Option<Watch> {
         let watch = self.watches.remove(&id)?;
+        // Another one may get its ID.
+        self.futures.retain(|(_, other)| *other != id);
         if watch.of_locks {
             self.locks
                 .iter_mut()

@@ -9,7 +9,7 @@ use super::{Store, SubId, age::Ages, entry::Batch};
 pub struct HistoryLimits {
     /// Most batches.
     pub len: usize,
-    /// Most bytes, counting keys, values and replaced values.
+    /// Most bytes, counting keys, values and replaced values, unless the last batch alone has more.
     pub bytes: usize,
     /// Longest time.
     pub age: Duration,
@@ -111,11 +111,12 @@ impl History {
         self.content_floor = content_floor.max(reached);
     }
 
-    /// Appends a batch; `revision` is not below the last one's.
+    /// Appends a batch; `revision` is not below the last one's. It stays however large it is, for else each such change would
+    /// make all readers list.
     pub(super) fn push(&mut self, revision: i64, batch: Arc<Batch>, limits: HistoryLimits) {
         self.bytes += batch.bytes();
         self.batches.push_back((revision, batch));
-        while self.batches.len() > limits.len || (self.bytes > limits.bytes && !self.batches.is_empty()) {
+        while self.batches.len() > limits.len || (self.bytes > limits.bytes && self.batches.len() > 1) {
             if let Some((revision, batch)) = self.batches.pop_front() {
                 self.bytes -= batch.bytes();
                 self.floor = self.floor.max(revision);

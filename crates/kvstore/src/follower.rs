@@ -288,6 +288,8 @@ impl Follower {
         };
         let full = self.known.len() >= self.feed.keys_max;
         let before = match self.known.get_mut(&kv.key[..]) {
+            // No room would help it.
+            _ if kv.key.len() > self.feed.key_len_max => return Some(surplus(kv)),
             Some(known) => Some(std::mem::replace(known, seen)),
             None if full => {
                 self.surplus = true;
@@ -392,7 +394,7 @@ impl Follower {
                         mod_revision: kv.mod_revision,
                         list: self.list,
                     };
-                    let full = self.known.len() >= self.feed.keys_max;
+                    let full = self.known.len() >= self.feed.keys_max || kv.key.len() > self.feed.key_len_max;
                     match self.known.get_mut(&kv.key[..]) {
                         Some(entry) => *entry = known,
                         None if full => {

@@ -472,7 +472,7 @@ fn late_and_hostile_answers_change_nothing() {
 
 #[test]
 fn keys_beyond_the_limit_are_refused_and_read_once_there_is_room() {
-    let mut follower = Follower::new(Feed::prefix("p/", 10).with_keys_max(2));
+    let mut follower = Follower::new(Feed::prefix("p/", 10).with_keys_max(2, 9));
     let header = Header {
         cluster_id: 1,
         revision: 10,
@@ -518,6 +518,23 @@ fn keys_beyond_the_limit_are_refused_and_read_once_there_is_room() {
         }],
     };
     assert_eq!(told(&follower.on(put("p/d", 11))), ["!p/d"]);
+    // Nor is a long one remembered, whatever room there is.
+    follower.on(Input::Events {
+        header: Header {
+            revision: 11,
+            ..header
+        },
+        events: vec![Event {
+            r#type: EventType::Delete.into(),
+            kv: Some(kv("p/b", 11)),
+            ..Default::default()
+        }],
+    });
+    assert_eq!(
+        told(&follower.on(put("p/345678901", 11))),
+        Vec::<String>::new(),
+        "seen"
+    );
     assert_eq!(
         told(&follower.on(put("p/a", 12))),
         ["+p/a"],

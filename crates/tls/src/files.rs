@@ -9,6 +9,7 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
+    time::{Duration, Instant},
 };
 
 use rustls::{
@@ -16,6 +17,9 @@ use rustls::{
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
 };
+
+/// Time until a file that could not be read is tried again: not the file may be at fault, but a table of open files that is full.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Largest PEM file that is read, in bytes.
 const FILE_LEN_MAX: u64 = 4 * 1024 * 1024;
@@ -151,6 +155,14 @@ struct Current<T> {
     value: Arc<T>,
     /// Why the files as they are now are not the value.
     complaint: Option<String>,
+    /// When they are read again, though they did not change.
+    retry_at: Option<Instant>,
+}
+
+impl<T> Current<T> {
+    fn is_of(&self, stamps: &[Stamp], now: Instant) -> bool {
+        self.stamps == stamps && self.retry_at.is_none_or(|at| now < at)
+    }
 }
 
 impl<T> Reloading<T> {
@@ -169,22 +181,27 @@ impl<T> Reloading<T> {
                 stamps,
                 value,
                 complaint: None,
+                retry_at: None,
             }),
         })
     }
 
     /// The value of the files as they are now, or of the last ones that were good.
     pub(crate) fn current(&self) -> Arc<T> {
+        self.current_at(Instant::now())
+    }
+
+    fn current_at(&self, now: Instant) -> Arc<T> {
         let stamps: Vec<Stamp> = self.paths.iter().map(|path| stamp(path)).collect();
         {
             let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
-            if current.stamps == stamps {
+            if current.is_of(&stamps, now) {
                 return current.value.clone();
             }
         }
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         // Whoever waited for another to build takes what that one has made.
-        if current.stamps == stamps {
+        if current.is_of(&stamps, now) {
             return current.value.clone();
         }
         // Remembered also after a failure, so that a bad set of files is tried and logged once.
@@ -194,13 +211,18 @@ impl<T> Reloading<T> {
                 tracing::info!(files = ?self.paths, "read changed TLS files");
                 current.value = Arc::new(value);
                 current.complaint = None;
+                current.retry_at = None;
             }
             Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, files = ?self.paths, "changed TLS files are not usable; keeping the last good ones");
-                current.complaint = Some(match std::error::Error::source(&error) {
+                let complaint = Some(match std::error::Error::source(&error) {
                     Some(source) => format!("{error}: {source}"),
                     None => error.to_string(),
                 });
+                if current.complaint != complaint {
+                    tracing::warn!(error = &error as &dyn std::error::Error, files = ?self.paths, "changed TLS files are not usable; keeping the last good ones");
+                }
+                current.complaint = complaint;
+                current.retry_at = matches!(error, TlsError::Read { .. }).then(|| now + RETRY);
             }
         }
         current.value.clone()
@@ -216,4 +238,59 @@ impl<T> Reloading<T> {
 pub(crate) fn names(paths: &[&Path]) -> String {
     let names: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
     names.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn files_that_could_not_be_read_are_tried_again_and_bad_ones_are_not() {
+        let path = std::env::temp_dir().join(format!("isthmus-tls-files-{}", std::process::id()));
+        fs::write(&path, "1").unwrap();
+        let tries = Arc::new(AtomicU32::new(0));
+        let (file, count) = (path.clone(), tries.clone());
+        // 1: good. 2 and 3: no file can be opened. 4: good. 5: bad.
+        let build = move || match count.fetch_add(1, Ordering::Relaxed) + 1 {
+            2 | 3 => Err(TlsError::Read {
+                path: file.clone(),
+                source: io::Error::other("too many open files"),
+            }),
+            5 => Err(pem(&file, "key", "none")),
+            number => Ok(number),
+        };
+        let reloading = Reloading::new(vec![path.clone()], build).unwrap();
+        let now = Instant::now();
+        assert_eq!(*reloading.current_at(now), 1);
+        fs::write(&path, "22").unwrap();
+        for (at, value, tried) in [
+            (0, 1, 2),
+            (999, 1, 2),
+            (1000, 1, 3),
+            (1999, 1, 3),
+            (2000, 4, 4),
+            (9000, 4, 4),
+        ] {
+            assert_eq!(
+                *reloading.current_at(now + Duration::from_millis(at)),
+                value,
+                "{at}"
+            );
+            assert_eq!(tries.load(Ordering::Relaxed), tried, "{at}");
+        }
+        assert_eq!(reloading.complaint(), None);
+        fs::write(&path, "333").unwrap();
+        for at in [10_000, 20_000] {
+            assert_eq!(*reloading.current_at(now + Duration::from_millis(at)), 4);
+            assert_eq!(
+                tries.load(Ordering::Relaxed),
+                5,
+                "what is bad is so until it changes"
+            );
+        }
+        assert!(reloading.complaint().is_some());
+        fs::remove_file(&path).unwrap();
+    }
 }

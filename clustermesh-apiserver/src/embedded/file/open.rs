@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    io,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
@@ -31,7 +32,7 @@ pub enum OpenError {
         path: PathBuf,
         /// Why.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// Somebody has it open.
     #[error("{} is in use by another process; a data directory belongs to one server", path.display())]
@@ -99,6 +100,23 @@ struct About {
     cluster: String,
 }
 
+/// Makes a directory whose name outlives a loss of power.
+fn make(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    let parent = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    make(parent)?;
+    match std::fs::create_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
+        made => made?,
+    }
+    std::fs::File::open(parent)?.sync_all()
+}
+
 impl Directory {
     /// Makes the directory if it is not there, and locks it.
     pub fn take(path: &Path, cluster: &ClusterName, open: OpenDatabase) -> Result<Self, OpenError> {
@@ -106,7 +124,7 @@ impl Directory {
             path: path.to_owned(),
             source,
         };
-        std::fs::create_dir_all(path).map_err(|error| unusable(path, error))?;
+        make(path).map_err(|error| unusable(path, error))?;
         let lock_path = path.join(LOCK_NAME);
         let lock = std::fs::File::create(&lock_path).map_err(|error| unusable(&lock_path, error))?;
         lock.try_lock().map_err(|error| match error {
@@ -130,6 +148,10 @@ impl Directory {
 
     /// Opens the store. One that is not there begins empty, with `new_history` (not 0).
     pub fn open(self: &Arc<Self>, new_history: u64) -> Result<Opened, OpenError> {
+        self.open_or_begin(Some(new_history))
+    }
+
+    fn open_or_begin(self: &Arc<Self>, new_history: Option<u64>) -> Result<Opened, OpenError> {
         let path = self.file();
         // redb checks what it reads, and yet may panic over a page that no version of it wrote.
         catch_unwind(AssertUnwindSafe(|| self.open_at(&path, new_history))).unwrap_or_else(|_| {
@@ -142,28 +164,23 @@ impl Directory {
 
     /// Opens the store that was open before: one that is not there is not begun anew.
     pub fn open_again(self: &Arc<Self>) -> Result<Opened, OpenError> {
-        match std::fs::metadata(self.file()) {
-            // The history is the file's own.
-            Ok(_) => self.open(1),
-            Err(source) if source.kind() == std::io::ErrorKind::NotFound => Err(OpenError::Unreadable {
-                path: self.file(),
-                source: Box::new(source),
-            }),
-            Err(source) => Err(OpenError::Disk {
-                path: self.file(),
-                source,
-            }),
-        }
+        self.open_or_begin(None)
     }
 
-    fn open_at(self: &Arc<Self>, path: &Path, new_history: u64) -> Result<Opened, OpenError> {
-        let unusable = |error: std::io::Error| OpenError::Disk {
+    fn open_at(self: &Arc<Self>, path: &Path, new_history: Option<u64>) -> Result<Opened, OpenError> {
+        let unusable = |error: io::Error| OpenError::Disk {
             path: path.to_owned(),
             source: error,
         };
         let len = match std::fs::metadata(path) {
             Ok(metadata) => metadata.len(),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let Some(new_history) = new_history else {
+                    return Err(OpenError::Unreadable {
+                        path: path.to_owned(),
+                        source: error.into(),
+                    });
+                };
                 self.begin(new_history)?;
                 std::fs::metadata(path).map_err(unusable)?.len()
             }
@@ -215,7 +232,7 @@ impl Directory {
         let path = self.path.join(NEW_NAME);
         // What a crash left.
         match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(OpenError::Disk { path, source: error });
             }
             _ => {}
@@ -254,13 +271,13 @@ impl Directory {
 /// What redb's error means for a file: a disk that fails, or a file that is not good.
 fn failure(path: &Path, error: redb::Error) -> OpenError {
     match error {
-        redb::Error::Io(source) if source.kind() != std::io::ErrorKind::InvalidData => OpenError::Disk {
+        redb::Error::Io(source) if source.kind() != io::ErrorKind::InvalidData => OpenError::Disk {
             path: path.to_owned(),
             source,
         },
         redb::Error::PreviousIo => OpenError::Disk {
             path: path.to_owned(),
-            source: std::io::Error::other(error),
+            source: io::Error::other(error),
         },
         error => OpenError::Unreadable {
             path: path.to_owned(),

@@ -8,6 +8,7 @@ use isthmus_kvstore::{Change, Feed, History, Past};
 use isthmus_wire::{
     Refusal,
     keys::{self, Kind},
+    refusal::KEY_LEN_MAX,
 };
 
 use super::{FeedChange, Mirrored, Remote, keys_max};
@@ -23,15 +24,6 @@ const ROOM_INTERVAL_MS: u64 = 60_000;
 /// So many revisions before a kind's first list are asked for, so that readers of the server before this one go on from where
 /// they were.
 const HISTORY_REVISIONS: i64 = 5_000;
-
-/// What was received in the list that is under way and stands in no store yet.
-#[derive(Debug, Default)]
-pub(super) struct Pending {
-    /// It names every key: what the store has now will be gone, or be these.
-    pub(super) full: bool,
-    /// Bytes of keys and values.
-    pub(super) bytes: u64,
-}
 
 impl Remote {
     /// Takes in changed objects.
@@ -64,9 +56,12 @@ impl Remote {
                     keys_received += 1;
                     bytes_received += len;
                     let room = |to: String| {
-                        let before = match &mirrored.pending {
-                            Some(pending) if pending.full => 0,
-                            _ => store.entry_len(&mirrored.sub, to.as_bytes()) as u64,
+                        // What it replaces, in the list that is under way or in the store.
+                        let kept = || store.entry_len(&mirrored.sub, to.as_bytes()) as u64;
+                        let before = match mirrored.ingest.listed_len(to.as_bytes()) {
+                            Some(listed) => listed,
+                            None if mirrored.ingest.listed().is_some_and(|listed| listed.full) => 0,
+                            None => kept(),
                         };
                         let with = (bytes + len).saturating_sub(before);
                         if len > before && with > bytes_max {
@@ -78,9 +73,6 @@ impl Remote {
                     match mirrored.border.check(&key, &value).and_then(room) {
                         Ok((to, with)) => {
                             bytes = with;
-                            if let Some(pending) = &mut mirrored.pending {
-                                pending.bytes += len;
-                            }
                             self.logged.remove(&key);
                             ingested.push(Ingested::Change(SourceChange::Put {
                                 key: to.into(),
@@ -109,8 +101,10 @@ impl Remote {
                     mirrored.short_of = Some(mirrored.short_of.unwrap_or(0));
                     let (what, limit) = ("the prefix", mirrored.feed.keys_max);
                     let len = limit.saturating_add(1);
+                    let too_many = Refusal::TooMany { what, len, limit };
                     // It is not followed, and so was never taken.
-                    refusals.push((key, Refusal::TooMany { what, len, limit }));
+                    let refusal = mirrored.border.translate(&key).err().unwrap_or(too_many);
+                    refusals.push((key, refusal));
                     continue;
                 }
                 Change::Refused { key, len, .. } => {
@@ -160,10 +154,10 @@ impl Remote {
     pub(super) fn bytes(&self, store: &Store) -> u64 {
         let bytes = self.kinds.values().map(|(_, mirrored)| {
             let kept = store.status(&mirrored.sub).map_or(0, |sub| sub.bytes as u64);
-            match &mirrored.pending {
+            match mirrored.ingest.listed() {
                 None => kept,
-                Some(pending) if pending.full => pending.bytes,
-                Some(pending) => kept + pending.bytes,
+                Some(listed) if listed.full => listed.bytes,
+                Some(listed) => kept + listed.bytes,
             }
         });
         bytes.sum()
@@ -176,7 +170,7 @@ impl Remote {
         Feed {
             name: format!("{prefix}#{}", self.feeds_made).into(),
             ..Feed::prefix(prefix, kind.value_len_max())
-                .with_keys_max(keys_max)
+                .with_keys_max(keys_max, KEY_LEN_MAX)
                 .with_history(HISTORY_REVISIONS)
         }
     }
@@ -194,7 +188,7 @@ impl Remote {
         let mut changes = Vec::new();
         for name in self.kinds.keys().cloned().collect::<Vec<_>>() {
             self.withdraw(store, &name, before);
-            changes.extend(self.list_again(&name));
+            changes.extend(self.list_again(store, &name));
         }
         self.refresh(store, now_ms);
         self.write_status(store);
@@ -246,14 +240,15 @@ impl Remote {
     }
 
     /// Reads a kind from its beginning. Until that has ended, what is known stays.
-    fn list_again(&mut self, name: &Arc<str>) -> Vec<FeedChange> {
+    fn list_again(&mut self, store: &mut Store, name: &Arc<str>) -> Vec<FeedChange> {
         let Some((kind, mut mirrored)) = self.kinds.remove(name) else {
             return Vec::new();
         };
         self.live.remove(name);
         mirrored.feed = self.make_feed(kind, mirrored.border.prefix());
+        // Nobody waits for what will not come.
+        mirrored.ingest.on_history_lost(store, &mirrored.sub);
         mirrored.ingest = Ingest::default();
-        mirrored.pending = None;
         mirrored.short_of = None;
         let add = FeedChange::Add(mirrored.feed.clone());
         self.kinds.insert(mirrored.feed.name.clone(), (kind, mirrored));
@@ -261,8 +256,10 @@ impl Remote {
     }
 
     /// Objects that there was no room for are read when there is some again.
-    pub(super) fn use_room(&mut self, store: &Store, now_ms: u64) -> Vec<FeedChange> {
-        if now_ms < self.room_due_ms || !self.status.connected {
+    pub(super) fn use_room(&mut self, store: &mut Store, now_ms: u64) -> Vec<FeedChange> {
+        // A clock that was set back is no reason to wait longer.
+        let waits = (1..=ROOM_INTERVAL_MS).contains(&self.room_due_ms.saturating_sub(now_ms));
+        if waits || !self.status.connected {
             return Vec::new();
         }
         let left = self.grants.bytes_max().saturating_sub(self.bytes(store));
@@ -281,7 +278,10 @@ impl Remote {
         if !names.is_empty() {
             self.room_due_ms = now_ms + ROOM_INTERVAL_MS;
         }
-        names.iter().flat_map(|name| self.list_again(name)).collect()
+        names
+            .iter()
+            .flat_map(|name| self.list_again(store, name))
+            .collect()
     }
 
     /// Drops the kinds that `which` names.

@@ -19,6 +19,8 @@ pub struct Feed {
     pub value_len_max: usize,
     /// Keys beyond so many are refused, and not remembered: what they take of memory here is not up to the upstream.
     pub keys_max: usize,
+    /// Longer keys are refused like those beyond `keys_max`, in bytes.
+    pub key_len_max: usize,
     /// With a list also what happened in so many revisions before it is asked for; 0 = not.
     pub history: i64,
 }
@@ -32,6 +34,7 @@ impl Feed {
             range_end: range_end(prefix.as_bytes()).into(),
             value_len_max,
             keys_max: usize::MAX,
+            key_len_max: usize::MAX,
             history: 0,
         }
     }
@@ -44,6 +47,7 @@ impl Feed {
             range_end: Bytes::new(),
             value_len_max,
             keys_max: usize::MAX,
+            key_len_max: usize::MAX,
             history: 0,
         }
     }
@@ -56,13 +60,18 @@ impl Feed {
             range_end: Bytes::copy_from_slice(end.as_bytes()),
             value_len_max,
             keys_max: usize::MAX,
+            key_len_max: usize::MAX,
             history: 0,
         }
     }
 
     /// The same with a bound on the number of keys.
-    pub fn with_keys_max(self, keys_max: usize) -> Self {
-        Self { keys_max, ..self }
+    pub fn with_keys_max(self, keys_max: usize, key_len_max: usize) -> Self {
+        Self {
+            keys_max,
+            key_len_max,
+            ..self
+        }
     }
 
     /// The same with what happened in so many revisions before a list.
@@ -110,7 +119,7 @@ pub enum Change {
         mod_revision: i64,
         /// Length in bytes, 0 if unknown.
         len: usize,
-        /// It is a key beyond the feed's limit. It is not followed: no deletion of it is told, and it is read again when the
+        /// It is a key beyond the feed's limits of keys. It is not followed: no deletion of it is told, and it is read again when the
         /// feed is listed again.
         surplus: bool,
     },
