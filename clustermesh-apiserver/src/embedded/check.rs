@@ -1,6 +1,9 @@
 //! What is wrong with a request by itself, whatever the store holds: etcd's rules and limits, in etcd's order. Pure.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Bound,
+};
 
 use bytes::Bytes;
 use isthmus_proto::etcdserverpb::{
@@ -8,12 +11,12 @@ use isthmus_proto::etcdserverpb::{
     range_request::{SortOrder, SortTarget},
     request_op::Request,
 };
-use isthmus_tls::rights::KeyRange;
 use prost::Message;
 
 use super::{Command, Refusal};
 
-/// Most comparisons, and most operations of a branch, nested ones included: etcd's `--max-txn-ops`.
+/// Most comparisons, and most operations of a branch: etcd's `--max-txn-ops`. A nested transaction may have as many as those
+/// around it have left.
 pub const OPS_MAX: usize = 128;
 /// Largest request in bytes: etcd's `--max-request-bytes`.
 pub const REQUEST_BYTES_MAX: usize = 1536 * 1024;
@@ -33,10 +36,14 @@ pub fn check(command: &Command) -> Result<(), Refusal> {
         }
         Command::Txn(request) => {
             txn(request, OPS_MAX)?;
+            let len = request.encoded_len();
+            if len > REQUEST_BYTES_MAX {
+                return Err(Refusal::TooLarge);
+            }
             // Of the whole, nested ones included, once all else about it is right.
             written(&request.success)?;
             written(&request.failure)?;
-            request.encoded_len()
+            len
         }
         Command::Grant { ttl, .. } if *ttl > TTL_MAX => return Err(Refusal::LeaseTtl),
         Command::Grant { .. } | Command::Revoke(_) | Command::Compact(_) => 0,
@@ -45,6 +52,28 @@ pub fn check(command: &Command) -> Result<(), Refusal> {
         return Err(Refusal::TooLarge);
     }
     Ok(())
+}
+
+/// Refuses a transaction that is more work than a reader may ask for: in all of it, nested ones in both branches included, as
+/// much as etcd takes in one that is not nested.
+pub fn check_size(request: &TxnRequest) -> Result<(), Refusal> {
+    fn take(request: &TxnRequest, left: &mut usize) -> Option<()> {
+        let TxnRequest {
+            compare,
+            success,
+            failure,
+        } = request;
+        let ops = compare.len().max(success.len()).max(failure.len());
+        *left = left.checked_sub(ops)?;
+        success
+            .iter()
+            .chain(failure)
+            .try_for_each(|op| match &op.request {
+                Some(Request::RequestTxn(request)) => take(request, left),
+                _ => Some(()),
+            })
+    }
+    take(request, &mut OPS_MAX.clone()).ok_or(Refusal::TooManyOps)
 }
 
 fn put(request: &PutRequest) -> Result<(), Refusal> {
@@ -77,7 +106,7 @@ fn range(request: &RangeRequest) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Nested transactions share the limit of operations, which bounds their depth too.
+/// The limit of operations is that of a path into nested transactions, as etcd counts, and bounds their depth too.
 fn txn(request: &TxnRequest, ops_max: usize) -> Result<(), Refusal> {
     let TxnRequest {
         compare,
@@ -107,16 +136,67 @@ fn txn(request: &TxnRequest, ops_max: usize) -> Result<(), Refusal> {
 #[derive(Default)]
 struct Written {
     puts: BTreeSet<Bytes>,
-    deletes: Vec<KeyRange>,
+    deletes: Deleted,
 }
 
 impl Written {
     fn put(&mut self, key: Bytes) -> Result<(), Refusal> {
-        let deleted = self.deletes.iter().any(|range| range.contains(&key));
-        if deleted || !self.puts.insert(key) {
+        if self.deletes.contains(&key) || !self.puts.insert(key) {
             return Err(Refusal::DuplicateKey);
         }
         Ok(())
+    }
+}
+
+/// A union of ranges, as ranges with gaps between them: each begins with its key and ends before its value, or never.
+#[derive(Default)]
+struct Deleted(BTreeMap<Bytes, Option<Bytes>>);
+
+impl Deleted {
+    fn contains(&self, key: &[u8]) -> bool {
+        let to_key = (Bound::Unbounded, Bound::Included(key));
+        let before = self.0.range::<[u8], _>(to_key).next_back();
+        before.is_some_and(|(_, end)| end.as_ref().is_none_or(|end| key < end))
+    }
+
+    /// Adds the range that etcd means by these two fields.
+    fn add(&mut self, key: &Bytes, range_end: &Bytes) {
+        let end = match &range_end[..] {
+            [] => Some([key, &[0][..]].concat().into()),
+            [0] => None,
+            end if end > key => Some(range_end.clone()),
+            _ => return,
+        };
+        self.add_range(key.clone(), end);
+    }
+
+    /// Each range that it takes in is there no more, so that all additions together look at each range once.
+    fn add_range(&mut self, mut start: Bytes, mut end: Option<Bytes>) {
+        let touches = |end: &Option<Bytes>, start: &Bytes| end.as_ref().is_none_or(|end| start <= end);
+        while let Some((other, other_end)) = match &end {
+            Some(end) => self.0.range::<Bytes, _>(..=end).next_back(),
+            None => self.0.last_key_value(),
+        } {
+            if !touches(other_end, &start) {
+                break;
+            }
+            if other_end.is_none() || end.as_ref().is_some_and(|end| other_end.as_ref() > Some(end)) {
+                end = other_end.clone();
+            }
+            let other = other.clone();
+            self.0.remove(&other);
+            start = start.min(other);
+        }
+        self.0.insert(start, end);
+    }
+
+    fn extend(&mut self, mut other: Self) {
+        if other.0.len() > self.0.len() {
+            std::mem::swap(self, &mut other);
+        }
+        for (start, end) in other.0 {
+            self.add_range(start, end);
+        }
     }
 }
 
@@ -125,8 +205,7 @@ fn written(ops: &[RequestOp]) -> Result<Written, Refusal> {
     let mut all = Written::default();
     for op in ops {
         if let Some(Request::RequestDeleteRange(request)) = &op.request {
-            all.deletes
-                .push(KeyRange::from_etcd(&request.key, &request.range_end));
+            all.deletes.add(&request.key, &request.range_end);
         }
     }
     for op in ops {
@@ -147,3 +226,6 @@ fn written(ops: &[RequestOp]) -> Result<Written, Refusal> {
     }
     Ok(all)
 }
+
+#[cfg(test)]
+mod tests;
