@@ -31,7 +31,7 @@ use isthmus_proto::etcdserverpb::ResponseHeader;
 pub use encoded::{Encoded, Revisions};
 pub use history::HistoryLimits;
 pub use past::{PastBefore, PastChange};
-pub use range::RangeError;
+pub use range::{Budget, RangeError, View};
 pub use route::{Route, SubId};
 pub use sub::{Relist, SourceChange};
 pub use watch::{Cursor, Next, WatchStart};

@@ -10,10 +10,10 @@ use isthmus_clustermesh_apiserver::{
         state::{Past, State},
     },
     server::{
-        locks::{LockLimits, LockSpace},
-        txn::{self, Budget},
+        locks::{LockLimits, LockSpace, concerns},
+        txn,
     },
-    store::{Cursor, HistoryLimits, Next, Relist, Route, SourceChange, Store, SubId, WatchStart},
+    store::{Budget, Cursor, HistoryLimits, Next, Relist, Route, SourceChange, Store, SubId, WatchStart},
 };
 use isthmus_model::ClusterName;
 use isthmus_proto::etcdserverpb::{
@@ -27,6 +27,10 @@ use prost::Message;
 
 /// Keys that the store holds.
 const KEYS: usize = 60;
+/// What a transaction may look at and answer.
+const KEYS_LOOKED_AT: usize = 500;
+const ANSWER_BYTES: usize = 20_000;
+const LOCKS: &str = "cilium/.initlock/";
 /// Watches that are looked at.
 const WATCHES_MAX: usize = 64;
 
@@ -97,7 +101,7 @@ fn locks() -> LockSpace {
         keys: 4,
         key_bytes: 100,
     };
-    let mut locks = LockSpace::new(KeyRange::prefix("cilium/.initlock/"), 100, limits);
+    let mut locks = LockSpace::new(KeyRange::prefix(LOCKS), 100, limits);
     let _ = locks.grant("remote", 1, 60, Duration::ZERO);
     locks
 }
@@ -134,8 +138,11 @@ fn write(command: &Command) {
     assert!(!(refused && applied.is_ok()));
     assert!(state.revision() == before || (applied.is_ok() && state.revision() == before + 1));
     let mut locks = locks();
+    let mut budget = Budget::new(KEYS_LOOKED_AT, ANSWER_BYTES);
+    let _ = locks.look(command, &mut budget);
+    assert!(budget.looked() <= KEYS_LOOKED_AT);
     if let Ok((_, changes)) = locks.write("remote", command, &NoPast) {
-        let inside = |change: &SourceChange| change.key().starts_with(b"cilium/.initlock/");
+        let inside = |change: &SourceChange| change.key().starts_with(LOCKS.as_bytes());
         assert!(changes.changes.iter().all(inside));
     }
     // A client's lease is all that its keys hang on.
@@ -148,7 +155,7 @@ fn transaction(request: TxnRequest) {
     let refused = check(&command).is_err();
     let Command::Txn(request) = &command else { return };
     if let (false, Some(store)) = (refused, store()) {
-        let _ = locks().concerns(request);
+        let _ = concerns(&KeyRange::prefix(LOCKS), request);
         let mut ranges = 0;
         let reads_only = txn::reads_only(request, &mut |range| {
             judge(range);
@@ -156,15 +163,13 @@ fn transaction(request: TxnRequest) {
             true
         });
         if reads_only {
-            let budget = Budget {
-                keys: 500,
-                bytes: 20_000,
-            };
+            let mut budget = Budget::new(KEYS_LOOKED_AT, ANSWER_BYTES);
             let route = txn::route(&store, request, Route::Sub(SubId::Own));
-            if let Ok(answer) = txn::answer(&store, &route, request, budget) {
+            if let Ok(answer) = txn::answer(&store, &route, request, &mut budget) {
                 // Every range in it has a header, which is not counted twice.
-                assert!(answer.encoded_len() <= budget.bytes + 64 * (ranges + 1));
+                assert!(answer.encoded_len() <= ANSWER_BYTES + 64 * (ranges + 1));
             }
+            assert!(budget.looked() <= KEYS_LOOKED_AT);
         }
     }
     write(&command);

@@ -2,6 +2,8 @@
 
 use tonic::{Code, Status};
 
+use crate::store::RangeError;
+
 /// A call that changed nothing.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum Refusal {
@@ -47,6 +49,16 @@ pub enum Refusal {
     /// Longer than etcd allows.
     #[error("etcdserver: too large lease TTL")]
     LeaseTtl,
+}
+
+impl From<RangeError> for Refusal {
+    fn from(error: RangeError) -> Self {
+        match error {
+            RangeError::Compacted => Self::Compacted,
+            RangeError::Future => Self::Future,
+            RangeError::TooLarge => Self::TooLarge,
+        }
+    }
 }
 
 impl From<Refusal> for Status {

@@ -13,6 +13,7 @@ use isthmus_proto::{
 };
 
 use super::content::Content;
+use crate::store::{Encoded, Revisions};
 
 /// Answers `request`, whose revision is the present one, at `revision`.
 pub(super) fn range(content: &Content, revision: i64, request: &RangeRequest) -> RangeResponse {
@@ -42,30 +43,28 @@ pub(super) fn range(content: &Content, revision: i64, request: &RangeRequest) ->
         Some(limit) if order == SortOrder::None && filtered == [0; 4] => limit.saturating_add(1),
         _ => usize::MAX,
     };
-    let mut page: Vec<KeyValue> = all()
+    // Only what is answered is made into a message.
+    let mut page: Vec<(Revisions, &Encoded)> = all()
         .take(look_at)
-        .map(|record| record.encoded.key_value())
-        .filter(|kv| {
-            within(
-                kv.mod_revision,
-                request.min_mod_revision,
-                request.max_mod_revision,
-            ) && within(
-                kv.create_revision,
-                request.min_create_revision,
-                request.max_create_revision,
-            )
+        .map(|record| (record.encoded.revisions(), &record.encoded))
+        .filter(|(at, _)| {
+            within(at.modified, request.min_mod_revision, request.max_mod_revision)
+                && within(
+                    at.create,
+                    request.min_create_revision,
+                    request.max_create_revision,
+                )
         })
         .collect();
     if order != SortOrder::None || target != SortTarget::Key {
         // Equal ones stay in key order, also when descending.
-        page.sort_by(|a, b| {
+        page.sort_by(|(at, a), (other, b)| {
             let ordering = match target {
-                SortTarget::Key => a.key.cmp(&b.key),
-                SortTarget::Version => a.version.cmp(&b.version),
-                SortTarget::Create => a.create_revision.cmp(&b.create_revision),
-                SortTarget::Mod => a.mod_revision.cmp(&b.mod_revision),
-                SortTarget::Value => a.value.cmp(&b.value),
+                SortTarget::Key => a.key().cmp(b.key()),
+                SortTarget::Version => at.version.cmp(&other.version),
+                SortTarget::Create => at.create.cmp(&other.create),
+                SortTarget::Mod => at.modified.cmp(&other.modified),
+                SortTarget::Value => a.value().cmp(b.value()),
             };
             if order == SortOrder::Descend {
                 ordering.reverse()
@@ -80,7 +79,7 @@ pub(super) fn range(content: &Content, revision: i64, request: &RangeRequest) ->
         page.truncate(limit);
         response.more = true;
     }
-    response.kvs = page;
+    response.kvs = page.into_iter().map(|(_, encoded)| encoded.key_value()).collect();
     if request.keys_only {
         response.kvs.iter_mut().for_each(|kv| kv.value = Bytes::new());
     }

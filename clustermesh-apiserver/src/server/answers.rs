@@ -1,4 +1,5 @@
-//! Answers to Range: each client's turn, and how much of large ones is on its way over all clients.
+//! Answers to those who read: each client's turn, what it pays for that, and how much of large ones is on its way over all
+//! clients. What was looked at is paid for, also where the answer is short or a refusal.
 
 use std::{
     sync::{Arc, PoisonError},
@@ -6,7 +7,7 @@ use std::{
 };
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tonic::Status;
+use tonic::{Response, Status};
 
 use super::{Context, Peer, border::Reason, errors};
 
@@ -74,28 +75,35 @@ impl Context {
         }
     }
 
-    /// Charges an answer of so many keys and bytes to `peer`; if it is large, waits for its place, or refuses it if that
-    /// takes too long.
-    pub(crate) async fn list_answer(
-        &self,
-        peer: &Peer,
-        keys: usize,
-        bytes: usize,
-    ) -> Result<Option<Large>, Status> {
+    /// Charges to `peer` that so many keys were looked at and so many bytes are answered.
+    pub(crate) fn listed(&self, peer: &Peer, keys: usize, bytes: usize) {
         let now = self.now();
         // A call that finds nothing is not for nothing.
         let keys = keys as u64 + 1;
         peer.lists().listed(keys, bytes as u64, &self.limits, now);
         self.border().listed(&peer.name, keys, &self.limits, now);
-        if bytes < LARGE_LEN {
-            return Ok(None);
+    }
+
+    /// Charges `answer`, of so many bytes, for which so many keys were looked at; if it is large, waits for its place, or
+    /// refuses it if that takes too long.
+    pub(crate) async fn deliver<T>(
+        &self,
+        peer: &Peer,
+        looked: usize,
+        answer: T,
+        bytes: usize,
+    ) -> Result<Response<T>, Status> {
+        self.listed(peer, looked, bytes);
+        let mut response = Response::new(answer);
+        if bytes >= LARGE_LEN {
+            let Some(large) = self.answers.place(bytes, self.limits.patience).await else {
+                let what = format!("an answer of {bytes} bytes");
+                self.throttled(peer, Reason::AnswersInFlight.as_str(), &what);
+                return Err(errors::too_many_requests());
+            };
+            response.extensions_mut().insert(large);
         }
-        if let Some(large) = self.answers.place(bytes, self.limits.patience).await {
-            return Ok(Some(large));
-        }
-        let what = format!("an answer of {bytes} bytes");
-        self.throttled(peer, Reason::AnswersInFlight.as_str(), &what);
-        Err(errors::too_many_requests())
+        Ok(response)
     }
 }
 

@@ -12,11 +12,12 @@ use isthmus_proto::etcdserverpb::{
     MemberListResponse, ResponseHeader, StatusRequest, StatusResponse, alarm_request::AlarmAction,
     auth_server, cluster_server, lease_server, maintenance_server,
 };
+use prost::Message;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{Context, Peer, errors, locks::Locks, write};
 use crate::{
-    embedded::{Command, check::check},
+    embedded::{Command, LeaseInfo, check::check},
     store::{Route, SubId},
 };
 
@@ -53,6 +54,35 @@ pub(super) fn own_header(context: &Context) -> Result<ResponseHeader, Status> {
     })
 }
 
+/// The ID that the client has chosen for its lease, or one that is chosen here.
+pub(super) fn lease_id(request: &LeaseGrantRequest) -> i64 {
+    match request.id {
+        0 => rand::random_range(1..i64::MAX),
+        id => id,
+    }
+}
+
+fn time_to_live(
+    header: Option<ResponseHeader>,
+    request: LeaseTimeToLiveRequest,
+    lease: Option<LeaseInfo>,
+) -> LeaseTimeToLiveResponse {
+    let (ttl, granted_ttl, mut keys) = match lease {
+        Some(lease) => (lease.left, lease.ttl, lease.keys),
+        None => (-1, 0, Vec::new()),
+    };
+    if !request.keys {
+        keys.clear();
+    }
+    LeaseTimeToLiveResponse {
+        header,
+        id: request.id,
+        ttl,
+        granted_ttl,
+        keys,
+    }
+}
+
 #[tonic::async_trait]
 impl lease_server::Lease for Calls {
     async fn lease_grant(
@@ -65,10 +95,7 @@ impl lease_server::Lease for Calls {
         let header = self.header(&request)?;
         let (locks, peer) = self.locks(&request)?;
         let request = request.into_inner();
-        let id = match request.id {
-            0 => rand::random_range(1..i64::MAX),
-            id => id,
-        };
+        let id = lease_id(&request);
         check(&Command::Grant { id, ttl: request.ttl })?;
         let ttl = locks.grant(&peer.name, id, request.ttl, self.0.now())?;
         Ok(Response::new(LeaseGrantResponse {
@@ -125,25 +152,16 @@ impl lease_server::Lease for Calls {
     ) -> Result<Response<LeaseTimeToLiveResponse>, Status> {
         let header = Some(self.header(&request)?);
         if let Some(embedded) = write::writer(&self.0, &request) {
-            return write::lease_time_to_live(header, embedded, request.into_inner()).await;
+            let lease = embedded.lease(request.get_ref().id).await?;
+            return Ok(Response::new(time_to_live(header, request.into_inner(), lease)));
         }
         let (locks, peer) = self.locks(&request)?;
-        let request = request.into_inner();
-        let lease = locks.lease(&peer.name, request.id, self.0.now());
-        let (ttl, granted_ttl, mut keys) = match lease {
-            Some(lease) => (lease.left, lease.ttl, lease.keys),
-            None => (-1, 0, Vec::new()),
-        };
-        if !request.keys {
-            keys.clear();
-        }
-        Ok(Response::new(LeaseTimeToLiveResponse {
-            header,
-            id: request.id,
-            ttl,
-            granted_ttl,
-            keys,
-        }))
+        self.0.list_turn(&peer).await?;
+        let lease = locks.lease(&peer.name, request.get_ref().id, self.0.now());
+        let looked = lease.as_ref().map_or(0, |lease| lease.keys.len());
+        let answer = time_to_live(header, request.into_inner(), lease);
+        let bytes = answer.encoded_len();
+        self.0.deliver(&peer, looked, answer, bytes).await
     }
 
     async fn lease_leases(
@@ -151,15 +169,18 @@ impl lease_server::Lease for Calls {
         request: Request<LeaseLeasesRequest>,
     ) -> Result<Response<LeaseLeasesResponse>, Status> {
         let header = Some(self.header(&request)?);
-        let leases = match write::writer(&self.0, &request) {
-            Some(embedded) => write::leases(embedded).await?,
-            None => {
-                let (locks, peer) = self.locks(&request)?;
-                let ids = locks.leases(&peer.name);
-                ids.into_iter().map(|id| LeaseStatus { id }).collect()
-            }
+        let answer = |ids: Vec<i64>| LeaseLeasesResponse {
+            header,
+            leases: ids.into_iter().map(|id| LeaseStatus { id }).collect(),
         };
-        Ok(Response::new(LeaseLeasesResponse { header, leases }))
+        if let Some(embedded) = write::writer(&self.0, &request) {
+            return Ok(Response::new(answer(embedded.leases().await?)));
+        }
+        let (locks, peer) = self.locks(&request)?;
+        self.0.list_turn(&peer).await?;
+        let answer = answer(locks.leases(&peer.name));
+        let (looked, bytes) = (answer.leases.len(), answer.encoded_len());
+        self.0.deliver(&peer, looked, answer, bytes).await
     }
 }
 

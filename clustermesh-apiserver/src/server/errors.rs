@@ -2,6 +2,8 @@
 
 use tonic::Status;
 
+use crate::store::RangeError;
+
 /// Text of a denied call; a denied watch carries it in its cancel reason.
 pub const PERMISSION_DENIED: &str = "etcdserver: permission denied";
 
@@ -55,15 +57,15 @@ pub fn answer_too_large(bytes: usize, limit: usize, page: usize) -> Status {
     ))
 }
 
-/// A transaction that asks for too much.
-pub fn txn(error: super::txn::TxnError) -> Status {
-    match error {
-        super::txn::TxnError::Range(error) => out_of_range(error),
-        error @ super::txn::TxnError::TooLarge => Status::invalid_argument(error.to_string()),
-    }
+/// An answer of another kind than its question's would be.
+pub fn mismatch() -> Status {
+    Status::internal("the answer is none to this call")
 }
 
-/// A revision that cannot be read.
-pub fn out_of_range(error: crate::store::RangeError) -> Status {
-    Status::out_of_range(error.to_string())
+/// A range that is not answered.
+pub fn range(error: RangeError) -> Status {
+    match error {
+        RangeError::Compacted | RangeError::Future => Status::out_of_range(error.to_string()),
+        RangeError::TooLarge => Status::invalid_argument(error.to_string()),
+    }
 }

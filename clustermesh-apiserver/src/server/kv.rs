@@ -12,16 +12,13 @@ use isthmus_tls::rights::KeyRange;
 use prost::Message;
 use tonic::{Request, Response, Status};
 
-use super::{
-    Context, Peer, errors,
-    face::Face,
-    locks::Locks,
-    txn::{self, Budget},
-    write,
-};
+use super::{Context, Peer, errors, face::Face, locks::Locks, txn, write};
 use crate::{
-    embedded::{Answer, Command, check::check},
-    store::{RangeError, Route, Store, SubId},
+    embedded::{
+        Answer, Command,
+        check::{check, check_size},
+    },
+    store::{Budget, RangeError, Route, Store, SubId},
 };
 
 /// Keys of a page as etcd's and Cilium's readers ask for them; a page is answered whatever its size.
@@ -38,6 +35,7 @@ impl Kv {
         face: Face,
         range: &KeyRange,
         request: &RangeRequest,
+        budget: &mut Budget,
     ) -> Result<Result<RangeResponse, RangeError>, Status> {
         self.0.shared.read(|store| {
             let route = store.route(range);
@@ -46,7 +44,7 @@ impl Kv {
             } else if store.is_incomplete(range) {
                 Err(errors::incomplete())
             } else {
-                let mut answer = store.range(&route, request);
+                let mut answer = store.range_within(&route, request, budget);
                 if let Ok(RangeResponse {
                     header: Some(header), ..
                 }) = &mut answer
@@ -62,6 +60,45 @@ impl Kv {
                 Ok(answer)
             }
         })
+    }
+
+    /// Reads, and waits for what will be there in a moment.
+    async fn read_soon(
+        &self,
+        peer: &Peer,
+        face: Face,
+        range: &KeyRange,
+        request: &RangeRequest,
+        budget: &mut Budget,
+    ) -> Result<RangeResponse, Status> {
+        let mut changes = self.0.shared.changes();
+        let mut answer = self.read(peer, face, range, request, budget)?;
+        if answer == Err(RangeError::Future) {
+            // A reader that comes from another replica may be some milliseconds ahead of this one.
+            let reached = async {
+                while answer == Err(RangeError::Future) && changes.changed().await.is_ok() {
+                    answer = self.read(peer, face, range, request, budget)?;
+                }
+                Ok::<_, Status>(())
+            };
+            if let Ok(result) = tokio::time::timeout(self.0.limits.future_revision_wait, reached).await {
+                result?;
+            }
+        }
+        // History of a server that begins anew may be on its way; the store bounds how long that may take.
+        let arriving = |store: &Store| store.is_arriving(&store.route(range), request.revision);
+        while answer == Err(RangeError::Compacted) {
+            let waits = self.0.shared.read(arriving);
+            if waits && changes.changed().await.is_err() {
+                break;
+            }
+            // Also if it came between these looks.
+            answer = self.read(peer, face, range, request, budget)?;
+            if !waits {
+                break;
+            }
+        }
+        answer.map_err(errors::range)
     }
 
     /// A header of the locks at `revision`, as the client is to see it.
@@ -85,8 +122,9 @@ impl Kv {
         face: Face,
         locks: &Locks,
         command: &Command,
+        budget: &mut Budget,
     ) -> Result<Answer, Status> {
-        let mut answer = locks.write(&peer.name, command)?;
+        let mut answer = locks.write(&peer.name, command, budget)?;
         let header = match &mut answer {
             Answer::Put(response) => &mut response.header,
             Answer::Delete(response) => &mut response.header,
@@ -98,32 +136,26 @@ impl Kv {
         Ok(answer)
     }
 
-    fn lock_range(&self, face: Face, locks: &Locks, request: &RangeRequest) -> Result<RangeResponse, Status> {
+    fn lock_range(
+        &self,
+        face: Face,
+        locks: &Locks,
+        request: &RangeRequest,
+        budget: &mut Budget,
+    ) -> Result<RangeResponse, Status> {
         let own = Route::Sub(SubId::Own);
-        let answer = locks.shared.read(|store| store.range(&own, request));
-        let mut answer = answer.map_err(errors::out_of_range)?;
+        let answer = locks
+            .shared
+            .read(|store| store.range_within(&own, request, budget));
+        let mut answer = answer.map_err(errors::range)?;
         let revision = answer.header.as_ref().map_or(0, |header| header.revision);
         answer.header = Some(self.lock_header(face, locks, revision)?);
         Ok(answer)
     }
 
-    /// A transaction that only reads.
-    async fn read_txn(
-        &self,
-        peer: &Peer,
-        face: Face,
-        request: &TxnRequest,
-    ) -> Result<Response<TxnResponse>, Status> {
-        let may_read = &mut |range: &KeyRange| range.is_empty() || peer.may_read(range);
-        if peer.rights.is_none() || !txn::reads_only(request, may_read) {
-            return Err(errors::permission_denied());
-        }
-        self.0.list_turn(peer).await?;
-        let budget = Budget {
-            keys: TXN_KEYS_MAX,
-            bytes: self.0.limits.answer_bytes,
-        };
-        let answer = self.0.shared.read(|store| {
+    /// Looks for what a transaction that only reads asks for. It reads what its sender may read.
+    fn read_txn(&self, face: Face, request: &TxnRequest, budget: &mut Budget) -> Result<TxnResponse, Status> {
+        self.0.shared.read(|store| {
             let route = txn::route(store, request, Route::Sub(SubId::Own));
             if !face.is_served(store, &route) {
                 return Err(errors::no_leader());
@@ -131,24 +163,31 @@ impl Kv {
             if !txn::reads_only(request, &mut |range| !store.is_incomplete(range)) {
                 return Err(errors::incomplete());
             }
-            let mut answer = txn::answer(store, &route, request, budget).map_err(errors::txn)?;
+            let mut answer = txn::answer(store, &route, request, budget).map_err(errors::range)?;
             if let Some(header) = &mut answer.header {
                 face.show(store, header);
             }
             Ok(answer)
-        })?;
-        let place = self.0.list_answer(peer, 0, answer.encoded_len()).await?;
-        let mut response = Response::new(answer);
-        if let Some(place) = place {
-            response.extensions_mut().insert(place);
-        }
-        Ok(response)
+        })
     }
-}
 
-/// What an answer of another kind than its question's would be.
-fn mismatch() -> Status {
-    Status::internal("the answer is none to this call")
+    /// Charges what was looked at, and sends the answer when there is a place for it.
+    async fn deliver<T: Message>(
+        &self,
+        peer: &Peer,
+        budget: &Budget,
+        answer: Result<T, Status>,
+    ) -> Result<Response<T>, Status> {
+        let looked = budget.looked();
+        let answer = answer.inspect_err(|_| self.0.listed(peer, looked, 0))?;
+        let bytes = answer.encoded_len();
+        self.0.deliver(peer, looked, answer, bytes).await
+    }
+
+    /// What a transaction may look at.
+    fn txn_budget(&self) -> Budget {
+        Budget::new(TXN_KEYS_MAX, self.0.limits.answer_bytes)
+    }
 }
 
 #[tonic::async_trait]
@@ -171,53 +210,26 @@ impl kv_server::Kv for Kv {
         } else {
             range.clone()
         };
-        if let Some(locks) = self.0.locks_in(&peer, &asked) {
-            return self.lock_range(face, locks, &request).map(Response::new);
-        }
-        if !peer.may_read(&asked) {
+        let locks = self.0.locks_in(&peer, &asked);
+        if locks.is_none() && !peer.may_read(&asked) {
             return Err(errors::permission_denied());
         }
         self.0.list_turn(&peer).await?;
         self.0.metrics.ranges.inc();
-        let mut changes = self.0.shared.changes();
-        let mut answer = self.read(&peer, face, &range, &request)?;
-        if answer == Err(RangeError::Future) {
-            // A reader that comes from another replica may be some milliseconds ahead of this one.
-            let reached = async {
-                while answer == Err(RangeError::Future) && changes.changed().await.is_ok() {
-                    answer = self.read(&peer, face, &range, &request)?;
-                }
-                Ok::<_, Status>(())
-            };
-            if let Ok(result) = tokio::time::timeout(self.0.limits.future_revision_wait, reached).await {
-                result?;
-            }
-        }
-        // History of a server that begins anew may be on its way; the store bounds how long that may take.
-        let arriving = |store: &Store| store.is_arriving(&store.route(&range), request.revision);
-        while answer == Err(RangeError::Compacted) {
-            let waits = self.0.shared.read(arriving);
-            if waits && changes.changed().await.is_err() {
-                break;
-            }
-            // Also if it came between these looks.
-            answer = self.read(&peer, face, &range, &request)?;
-            if !waits {
-                break;
-            }
-        }
-        let answer = answer.map_err(errors::out_of_range)?;
+        let mut budget = Budget::unlimited();
+        let answer = match locks {
+            Some(locks) => self.lock_range(face, locks, &request, &mut budget),
+            None => self.read_soon(&peer, face, &range, &request, &mut budget).await,
+        };
         // Up to here it shares the store's bytes; to send it is to copy it.
-        let (bytes, limit) = (answer.encoded_len(), self.0.limits.answer_bytes);
-        if answer.kvs.len() > PAGE && bytes > limit {
-            return Err(errors::answer_too_large(bytes, limit, PAGE));
-        }
-        let place = self.0.list_answer(&peer, answer.kvs.len(), bytes).await?;
-        let mut response = Response::new(answer);
-        if let Some(place) = place {
-            response.extensions_mut().insert(place);
-        }
-        Ok(response)
+        let answer = answer.and_then(|answer| {
+            let limit = self.0.limits.answer_bytes;
+            if answer.kvs.len() <= PAGE || answer.encoded_len() <= limit {
+                return Ok(answer);
+            }
+            Err(errors::answer_too_large(answer.encoded_len(), limit, PAGE))
+        });
+        self.deliver(&peer, &budget, answer).await
     }
 
     async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
@@ -226,9 +238,10 @@ impl kv_server::Kv for Kv {
         let Some(locks) = self.0.locks_in(&peer, &key) else {
             return write::put(&self.0, request).await;
         };
-        match self.lock_write(&peer, face, locks, &Command::Put(request.into_inner()))? {
+        let command = Command::Put(request.into_inner());
+        match self.lock_write(&peer, face, locks, &command, &mut self.txn_budget())? {
             Answer::Put(response) => Ok(Response::new(response)),
-            _ => Err(mismatch()),
+            _ => Err(errors::mismatch()),
         }
     }
 
@@ -241,10 +254,18 @@ impl kv_server::Kv for Kv {
         let Some(locks) = self.0.locks_in(&peer, &range) else {
             return write::delete_range(&self.0, request).await;
         };
-        match self.lock_write(&peer, face, locks, &Command::Delete(request.into_inner()))? {
-            Answer::Delete(response) => Ok(Response::new(response)),
-            _ => Err(mismatch()),
+        // Who gives a lock back waits for nothing.
+        if !request.get_ref().range_end.is_empty() {
+            self.0.list_turn(&peer).await?;
         }
+        let command = Command::Delete(request.into_inner());
+        let mut budget = self.txn_budget();
+        let answer = match self.lock_write(&peer, face, locks, &command, &mut budget) {
+            Ok(Answer::Delete(response)) => Ok(response),
+            Ok(_) => Err(errors::mismatch()),
+            Err(status) => Err(status),
+        };
+        self.deliver(&peer, &budget, answer).await
     }
 
     async fn txn(&self, request: Request<TxnRequest>) -> Result<Response<TxnResponse>, Status> {
@@ -255,10 +276,13 @@ impl kv_server::Kv for Kv {
         if peer.rights.is_none() {
             return Err(errors::permission_denied());
         }
-        let command = Command::Txn(request.into_inner());
+        let request = request.into_inner();
+        // First, for what is checked of each part, and then of all of them together, is more than that.
+        check_size(&request)?;
+        let command = Command::Txn(request);
         check(&command)?;
         let Command::Txn(request) = &command else {
-            return Err(mismatch());
+            return Err(errors::mismatch());
         };
         let reads_nothing =
             request.compare.is_empty() && request.success.is_empty() && request.failure.is_empty();
@@ -266,13 +290,21 @@ impl kv_server::Kv for Kv {
             .0
             .locks_of(&peer)
             .filter(|locks| !reads_nothing && locks.concerns(request));
-        let Some(locks) = locks else {
-            return self.read_txn(&peer, face, request).await;
-        };
-        match self.lock_write(&peer, face, locks, &command)? {
-            Answer::Txn(response) => Ok(Response::new(response)),
-            _ => Err(mismatch()),
+        let may_read = &mut |range: &KeyRange| range.is_empty() || peer.may_read(range);
+        if locks.is_none() && !txn::reads_only(request, may_read) {
+            return Err(errors::permission_denied());
         }
+        self.0.list_turn(&peer).await?;
+        let mut budget = self.txn_budget();
+        let answer = match locks {
+            Some(locks) => match self.lock_write(&peer, face, locks, &command, &mut budget) {
+                Ok(Answer::Txn(response)) => Ok(response),
+                Ok(_) => Err(errors::mismatch()),
+                Err(status) => Err(status),
+            },
+            None => self.read_txn(face, request, &mut budget),
+        };
+        self.deliver(&peer, &budget, answer).await
     }
 
     async fn compact(

@@ -38,11 +38,12 @@ pub struct ServerLimits {
     pub answer_bytes: usize,
     /// Bytes of answers of a mebibyte or more that are on their way, over all clients.
     pub answer_bytes_in_flight: usize,
-    /// Keys in answers to Range, over a connection.
+    /// Keys that are looked at for answers, over a connection: also those that are not in the answer, for sorting, for limits on
+    /// revisions, and on the way back to an older revision (four changes there count as one key).
     pub list_keys: Rate,
     /// Their bytes. The burst is all that a large cluster has; nobody needs that again and again.
     pub list_bytes: Rate,
-    /// Keys in answers to Range, over all connections of a client.
+    /// Keys that are looked at for answers, over all connections of a client.
     pub client_list_keys: Rate,
     /// How long a call waits for its turn before it is refused.
     pub patience: Duration,

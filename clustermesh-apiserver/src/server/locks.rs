@@ -7,6 +7,7 @@
 mod space;
 
 use std::{
+    cell::RefCell,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -15,16 +16,17 @@ use isthmus_model::ClusterName;
 use isthmus_proto::etcdserverpb::{RangeRequest, RangeResponse, ResponseHeader, TxnRequest};
 use isthmus_runtime::CancellationToken;
 use isthmus_tls::rights::KeyRange;
+use prost::Message;
 use tokio::sync::Notify;
 use tonic::Status;
 
-pub use space::{Changes, LockLimits, LockRefusal, LockSpace};
+pub use space::{Changes, LockLimits, LockRefusal, LockSpace, concerns};
 
 use super::{Context, Peer, errors};
 use crate::{
     embedded::{Answer, Command, LeaseInfo, Refusal, state::Past},
     shared::Shared,
-    store::{HistoryLimits, RangeError, Relist, Route, Store, SubId},
+    store::{Budget, HistoryLimits, Relist, Route, Store, SubId, View},
 };
 
 /// Under this, keys are locks.
@@ -57,16 +59,16 @@ impl From<LockRefusal> for Status {
     }
 }
 
-/// What watchers can still see, for transactions that read it.
-struct Seen<'l>(&'l Shared);
+/// What watchers can still see, for a transaction that reads it.
+struct Seen<'s, 'b>(RefCell<(View<'s>, &'b mut Budget)>);
 
-impl Past for Seen<'_> {
+impl Past for Seen<'_, '_> {
     fn range(&self, request: &RangeRequest) -> Result<RangeResponse, Refusal> {
-        let answer = self.0.read(|store| store.range(&Route::Sub(SubId::Own), request));
-        answer.map_err(|error| match error {
-            RangeError::Future => Refusal::Future,
-            _ => Refusal::Compacted,
-        })
+        let mut seen = self.0.borrow_mut();
+        let (view, budget) = &mut *seen;
+        let answer = view.range(request, budget)?;
+        budget.answer(answer.encoded_len())?;
+        Ok(answer)
     }
 }
 
@@ -114,13 +116,22 @@ impl Locks {
 
     /// Whether a transaction is about locks.
     pub(super) fn concerns(&self, txn: &TxnRequest) -> bool {
-        self.space().concerns(txn)
+        concerns(&self.range, txn)
     }
 
-    /// Does a put, a deletion or a transaction; only the revision of the answer's header is set.
-    pub(super) fn write(&self, client: &str, command: &Command) -> Result<Answer, LockRefusal> {
+    /// Does a put, a deletion or a transaction, if `budget` reaches; only the revision of the answer's header is set.
+    pub(super) fn write(
+        &self,
+        client: &str,
+        command: &Command,
+        budget: &mut Budget,
+    ) -> Result<Answer, LockRefusal> {
         let mut space = self.space();
-        let (answer, changes) = space.write(client, command, &Seen(&self.shared))?;
+        space.look(command, budget).map_err(Refusal::from)?;
+        let (answer, changes) = self.shared.read(|store| {
+            let view = store.view(&Route::Sub(SubId::Own));
+            space.write(client, command, &Seen(RefCell::new((view, budget))))
+        })?;
         self.show(changes);
         Ok(answer)
     }
@@ -157,8 +168,7 @@ impl Locks {
 impl Context {
     /// The locks, if `peer`'s are kept here: the embedded store's writer has its own there, and who has no rights has none.
     pub(super) fn locks_of(&self, peer: &Peer) -> Option<&Locks> {
-        let writer = self.embedded.is_some() && peer.kind == "admin";
-        (peer.rights.is_some() && !writer).then_some(&self.locks)
+        (peer.rights.is_some() && !self.is_writer(peer)).then_some(&self.locks)
     }
 
     /// The locks, if `peer` means them by `range`.

@@ -6,10 +6,7 @@
 use isthmus_proto::{
     etcdserverpb::{
         Compare, RangeRequest, RangeResponse, ResponseHeader, ResponseOp, TxnRequest, TxnResponse,
-        compare::CompareTarget,
-        range_request::{SortOrder, SortTarget},
-        request_op::Request,
-        response_op::Response,
+        compare::CompareTarget, request_op::Request, response_op::Response,
     },
     mvccpb::KeyValue,
 };
@@ -18,28 +15,8 @@ use prost::Message;
 
 use crate::{
     embedded::holds_for,
-    store::{RangeError, Route, Store},
+    store::{Budget, RangeError, Route, Store, View},
 };
-
-/// What a transaction may look at and answer.
-#[derive(Clone, Copy, Debug)]
-pub struct Budget {
-    /// Keys that are looked at.
-    pub keys: usize,
-    /// Bytes of the answer.
-    pub bytes: usize,
-}
-
-/// Why a transaction is not answered.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
-pub enum TxnError {
-    /// A revision in it cannot be read.
-    #[error(transparent)]
-    Range(#[from] RangeError),
-    /// It is more than may be looked at.
-    #[error("etcdserver: request is too large")]
-    TooLarge,
-}
 
 /// Calls `each` for every range of keys that the transaction compares or reads, also in branches that are not taken, until it
 /// says no. A write is a no.
@@ -69,34 +46,27 @@ pub fn route(store: &Store, txn: &TxnRequest, otherwise: Route) -> Route {
     }
 }
 
-/// Answers from the view `route`.
+/// Answers from the view `route`, as far as `budget` reaches.
 pub fn answer(
     store: &Store,
     route: &Route,
     txn: &TxnRequest,
-    budget: Budget,
-) -> Result<TxnResponse, TxnError> {
-    let header = store.header(route);
-    let mut reading = Reading {
-        store,
-        route,
-        revision: header.revision,
-        budget,
-    };
-    let mut response = reading.txn(txn)?;
+    budget: &mut Budget,
+) -> Result<TxnResponse, RangeError> {
+    let view = store.view(route);
+    let header = *view.header();
+    let mut response = Reading { view, budget }.txn(txn)?;
     response.header = Some(header);
     Ok(response)
 }
 
-struct Reading<'s> {
-    store: &'s Store,
-    route: &'s Route,
-    revision: i64,
-    budget: Budget,
+struct Reading<'s, 'b> {
+    view: View<'s>,
+    budget: &'b mut Budget,
 }
 
-impl Reading<'_> {
-    fn txn(&mut self, txn: &TxnRequest) -> Result<TxnResponse, TxnError> {
+impl Reading<'_, '_> {
+    fn txn(&mut self, txn: &TxnRequest) -> Result<TxnResponse, RangeError> {
         let mut succeeded = true;
         for compare in &txn.compare {
             succeeded = succeeded && self.holds(compare)?;
@@ -109,7 +79,7 @@ impl Reading<'_> {
                     let mut response = self.range(request)?;
                     // Of a part, etcd says no more than where the store is.
                     response.header = Some(ResponseHeader {
-                        revision: self.revision,
+                        revision: self.view.header().revision,
                         ..Default::default()
                     });
                     Response::ResponseRange(response)
@@ -129,61 +99,95 @@ impl Reading<'_> {
         })
     }
 
-    /// Looks at so many keys.
-    fn look(&mut self, keys: usize) -> Result<(), TxnError> {
-        self.budget.keys = self.budget.keys.checked_sub(keys).ok_or(TxnError::TooLarge)?;
-        Ok(())
-    }
-
-    fn count(&self, request: &RangeRequest) -> Result<usize, TxnError> {
-        let count = RangeRequest {
-            key: request.key.clone(),
-            range_end: request.range_end.clone(),
-            revision: request.revision,
-            count_only: true,
-            ..Default::default()
-        };
-        let count = self.store.range(self.route, &count)?.count;
-        Ok(usize::try_from(count).unwrap_or_default())
-    }
-
-    fn range(&mut self, request: &RangeRequest) -> Result<RangeResponse, TxnError> {
-        let count = self.count(request)?;
-        let filtered = [
-            request.min_mod_revision,
-            request.max_mod_revision,
-            request.min_create_revision,
-            request.max_create_revision,
-        ];
-        let all = request.sort_order != SortOrder::None as i32
-            || request.sort_target != SortTarget::Key as i32
-            || filtered.iter().any(|revision| *revision != 0)
-            || *self.route == Route::Merged;
-        let limit = usize::try_from(request.limit)
-            .ok()
-            .filter(|limit| *limit > 0 && !all);
-        self.look(1 + limit.map_or(count, |limit| limit.min(count)))?;
-        let response = self.store.range(self.route, request)?;
-        let bytes = self.budget.bytes.checked_sub(response.encoded_len());
-        self.budget.bytes = bytes.ok_or(TxnError::TooLarge)?;
+    /// No range is for nothing, also if it finds nothing.
+    fn range(&mut self, request: &RangeRequest) -> Result<RangeResponse, RangeError> {
+        self.budget.look(1)?;
+        let response = self.view.range(request, self.budget)?;
+        self.budget.answer(response.encoded_len())?;
         Ok(response)
     }
 
     /// Whether every key of the comparison's range holds to it. Without any key, an absent one is compared.
-    fn holds(&mut self, compare: &Compare) -> Result<bool, TxnError> {
+    fn holds(&mut self, compare: &Compare) -> Result<bool, RangeError> {
+        self.budget.look(1)?;
         let request = RangeRequest {
             key: compare.key.clone(),
             range_end: compare.range_end.clone(),
             ..Default::default()
         };
-        let count = self.count(&request)?;
-        self.look(1 + count)?;
-        if count == 0 {
+        let found = self.view.range(&request, self.budget)?;
+        if found.kvs.is_empty() {
             // An absent key has no value, not even an empty one.
             let is_value = compare.target == CompareTarget::Value as i32;
             return Ok(!is_value && holds_for(compare, &KeyValue::default()));
         }
-        let found = self.store.range(self.route, &request)?;
         Ok(found.kvs.iter().all(|kv| holds_for(compare, kv)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use isthmus_model::ClusterName;
+    use isthmus_proto::etcdserverpb::RequestOp;
+
+    use super::*;
+    use crate::store::{HistoryLimits, Relist, SourceChange, SubId};
+
+    const KEYS: i64 = 50;
+    const CHANGES: i64 = 2000;
+
+    fn put(at: i64) -> SourceChange {
+        SourceChange::Put {
+            key: format!("cilium/state/x/{:02}", at % KEYS).into(),
+            value: "x".into(),
+            create_revision: at,
+            mod_revision: at,
+            version: 1,
+        }
+    }
+
+    #[test]
+    fn many_ranges_at_old_revisions_look_at_no_more_than_a_transaction_may() {
+        let (own, limits) = (ClusterName::new("c1").unwrap(), HistoryLimits::default());
+        let mut store = Store::new(own, 5, limits, limits);
+        let list = Relist {
+            cluster_id: 9,
+            revision: KEYS,
+            new_history: false,
+            changes: (1..=KEYS).map(put).collect(),
+            present: None,
+        };
+        store.relist(&SubId::Own, list);
+        store.apply(
+            &SubId::Own,
+            KEYS + CHANGES,
+            (KEYS + 1..=KEYS + CHANGES).map(put).collect(),
+        );
+        let route = Route::Sub(SubId::Own);
+        // The oldest, or one after the other from there on.
+        for (apart, answered) in [(0, true), (1, false)] {
+            let ops = (0..128).map(|at| RequestOp {
+                request: Some(Request::RequestRange(RangeRequest {
+                    key: "cilium/state/x/".into(),
+                    range_end: "cilium/state/x0".into(),
+                    limit: 1,
+                    revision: KEYS + at * apart,
+                    ..Default::default()
+                })),
+            });
+            let request = TxnRequest {
+                success: ops.collect(),
+                ..Default::default()
+            };
+            let mut budget = Budget::new(3000, 1_000_000);
+            let answer = answer(&store, &route, &request, &mut budget);
+            if answered {
+                // Each key is another one than then.
+                let all = (CHANGES + 128 * (KEYS + 4 * 3)) as usize;
+                assert_eq!((answer.unwrap().responses.len(), budget.looked()), (128, all / 4));
+            } else {
+                assert_eq!((answer, budget.looked()), (Err(RangeError::TooLarge), 3000));
+            }
+        }
     }
 }

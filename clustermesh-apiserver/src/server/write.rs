@@ -9,26 +9,35 @@ use futures::{Stream, StreamExt};
 use isthmus_proto::etcdserverpb::{
     AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionRequest, CompactionResponse,
     DeleteRangeRequest, DeleteRangeResponse, LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest,
-    LeaseKeepAliveResponse, LeaseRevokeRequest, LeaseRevokeResponse, LeaseStatus, LeaseTimeToLiveRequest,
-    LeaseTimeToLiveResponse, PutRequest, PutResponse, ResponseHeader, TxnRequest, TxnResponse,
-    alarm_request::AlarmAction, request_op,
+    LeaseKeepAliveResponse, LeaseRevokeRequest, LeaseRevokeResponse, PutRequest, PutResponse, ResponseHeader,
+    TxnRequest, TxnResponse, alarm_request::AlarmAction, request_op,
 };
 use isthmus_tls::rights::KeyRange;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Context, Peer, calls::own_header, errors};
+use super::{
+    Context, Peer,
+    calls::{lease_id, own_header},
+    errors,
+};
 use crate::{
     embedded::{Answer, CallError, Command, Embedded, granted_ttl},
     store::{Route, Store, SubId},
 };
 
-/// The embedded store, if there is one and the sender of `request` may write to it: the administrator of this cluster,
-/// which is the name that its operator has.
+impl Context {
+    /// Whether `peer` may write, and to an embedded store: the administrator of this cluster, which is the name that its
+    /// operator has.
+    pub(super) fn is_writer(&self, peer: &Peer) -> bool {
+        let admin_of = peer.name.strip_prefix("admin-");
+        self.embedded.is_some() && admin_of == Some(self.cluster.as_str())
+    }
+}
+
+/// The embedded store, if the sender of `request` may write to it.
 pub(super) fn writer<'c, T>(context: &'c Context, request: &Request<T>) -> Option<&'c Embedded> {
-    let embedded = context.embedded.as_ref()?;
     let peer = Peer::of(request).ok()?;
-    let cluster = peer.name.strip_prefix("admin-")?;
-    (cluster == context.cluster.as_str()).then_some(embedded)
+    context.embedded.as_ref().filter(|_| context.is_writer(&peer))
 }
 
 impl From<CallError> for Status {
@@ -92,18 +101,13 @@ async fn write<T>(
     Ok(embedded.call(command(request)).await?)
 }
 
-/// What an answer of another kind than its question's would be.
-fn mismatch() -> Status {
-    Status::internal("the store's answer is none to this call")
-}
-
 pub(super) async fn put(
     context: &Context,
     request: Request<PutRequest>,
 ) -> Result<Response<PutResponse>, Status> {
     let own = |store: &Store, put: &PutRequest| is_own(store, &put.key, &[]);
     let Answer::Put(mut response) = write(context, request, own, Command::Put).await? else {
-        return Err(mismatch());
+        return Err(errors::mismatch());
     };
     fill(context, &mut response.header)?;
     Ok(Response::new(response))
@@ -115,7 +119,7 @@ pub(super) async fn delete_range(
 ) -> Result<Response<DeleteRangeResponse>, Status> {
     let own = |store: &Store, delete: &DeleteRangeRequest| is_own(store, &delete.key, &delete.range_end);
     let Answer::Delete(mut response) = write(context, request, own, Command::Delete).await? else {
-        return Err(mismatch());
+        return Err(errors::mismatch());
     };
     fill(context, &mut response.header)?;
     Ok(Response::new(response))
@@ -126,7 +130,7 @@ pub(super) async fn txn(
     request: Request<TxnRequest>,
 ) -> Result<Response<TxnResponse>, Status> {
     let Answer::Txn(mut response) = write(context, request, txn_is_own, Command::Txn).await? else {
-        return Err(mismatch());
+        return Err(errors::mismatch());
     };
     fill(context, &mut response.header)?;
     Ok(Response::new(response))
@@ -146,7 +150,7 @@ pub(super) async fn compact(
 fn done(answer: Answer) -> Result<i64, Status> {
     match answer {
         Answer::Done { revision } => Ok(revision),
-        _ => Err(mismatch()),
+        _ => Err(errors::mismatch()),
     }
 }
 
@@ -157,10 +161,7 @@ pub(super) async fn lease_grant(
     embedded: &Embedded,
     request: LeaseGrantRequest,
 ) -> Result<Response<LeaseGrantResponse>, Status> {
-    let id = match request.id {
-        0 => rand::random_range(1..i64::MAX),
-        id => id,
-    };
+    let id = lease_id(&request);
     let ttl = granted_ttl(request.ttl);
     let revision = done(embedded.call(Command::Grant { id, ttl }).await?)?;
     Ok(Response::new(LeaseGrantResponse {
@@ -199,33 +200,6 @@ pub(super) fn lease_keep_alive(
             })
         }
     })
-}
-
-pub(super) async fn lease_time_to_live(
-    header: Option<ResponseHeader>,
-    embedded: &Embedded,
-    request: LeaseTimeToLiveRequest,
-) -> Result<Response<LeaseTimeToLiveResponse>, Status> {
-    let lease = embedded.lease(request.id).await?;
-    let (ttl, granted_ttl, mut keys) = match lease {
-        Some(lease) => (lease.left, lease.ttl, lease.keys),
-        None => (-1, 0, Vec::new()),
-    };
-    if !request.keys {
-        keys.clear();
-    }
-    Ok(Response::new(LeaseTimeToLiveResponse {
-        header,
-        id: request.id,
-        ttl,
-        granted_ttl,
-        keys,
-    }))
-}
-
-pub(super) async fn leases(embedded: &Embedded) -> Result<Vec<LeaseStatus>, Status> {
-    let ids = embedded.leases().await?;
-    Ok(ids.into_iter().map(|id| LeaseStatus { id }).collect())
 }
 
 // How much room there is.

@@ -1,18 +1,26 @@
 //! Range, with etcd's semantics. One difference is deliberate: an answer for a named revision carries that revision in its
 //! header, so that a reader which takes it from there for the next page or the watch misses nothing.
 
-use std::{collections::BTreeMap, ops::Bound, sync::Arc};
+mod budget;
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap, btree_map::Entry as Slot},
+    ops::Bound,
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use isthmus_proto::etcdserverpb::{
-    RangeRequest, RangeResponse,
+    RangeRequest, RangeResponse, ResponseHeader,
     range_request::{SortOrder, SortTarget},
 };
 
 use super::{
-    Entry, History, Route, Store,
+    Entry, History, Route, Store, SubId,
     content::{Bounds, Content},
 };
+pub use budget::Budget;
 
 /// Why a range is not answered.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
@@ -23,6 +31,9 @@ pub enum RangeError {
     /// The revision does not exist yet.
     #[error("etcdserver: mvcc: required revision is a future revision")]
     Future,
+    /// It is more than may be looked at.
+    #[error("etcdserver: request is too large")]
+    TooLarge,
 }
 
 /// The bounds that etcd means; `None` = nothing lies between.
@@ -35,63 +46,185 @@ fn bounds<'r>(key: &'r [u8], range_end: &'r [u8]) -> Option<Bounds<'r>> {
     }
 }
 
+const EVERYTHING: Bounds<'static> = (Bound::Unbounded, Bound::Unbounded);
+
 impl Store {
     /// Answers `request` from the view `route`.
     pub fn range(&self, route: &Route, request: &RangeRequest) -> Result<RangeResponse, RangeError> {
-        let merged = *route == Route::Merged;
-        let mut header = self.header(route);
+        self.range_within(route, request, &mut Budget::unlimited())
+    }
+
+    /// The same, as far as `budget` reaches.
+    pub fn range_within(
+        &self,
+        route: &Route,
+        request: &RangeRequest,
+        budget: &mut Budget,
+    ) -> Result<RangeResponse, RangeError> {
+        let within = bounds(&request.key, &request.range_end);
+        View::new(self, route, within.unwrap_or(EVERYTHING)).range(request, budget)
+    }
+
+    /// The view `route`, for any number of ranges.
+    pub fn view(&self, route: &Route) -> View<'_> {
+        View::new(self, route, EVERYTHING)
+    }
+}
+
+/// What a key held at an earlier revision, and where it lives.
+#[derive(Debug)]
+struct Undone<'s> {
+    before: Option<&'s Arc<Entry>>,
+    sub: Option<&'s SubId>,
+}
+
+/// Keys that changed since a revision.
+type Undo<'s> = BTreeMap<&'s [u8], Undone<'s>>;
+
+/// What the ranges of one request are answered from. The way back to a revision is gone once, however many ranges are at it.
+#[derive(Debug)]
+pub struct View<'s> {
+    store: &'s Store,
+    merged: bool,
+    contents: Vec<&'s Content>,
+    /// `None` = there is no such source.
+    history: Option<&'s History>,
+    header: ResponseHeader,
+    /// All ranges lie in these.
+    within: Bounds<'s>,
+    undos: BTreeMap<i64, Undo<'s>>,
+}
+
+impl<'s> View<'s> {
+    fn new(store: &'s Store, route: &Route, within: Bounds<'s>) -> Self {
+        let (contents, history) = match route {
+            Route::Sub(id) => {
+                let sub = store.subs.get(id);
+                let content = sub.map(|sub| &sub.content);
+                (content.into_iter().collect(), sub.map(|sub| &sub.history))
+            }
+            Route::Merged => {
+                let subs = store.subs.values().map(|sub| &sub.content);
+                (subs.chain([&store.local]).collect(), Some(&store.merged))
+            }
+        };
+        Self {
+            store,
+            merged: *route == Route::Merged,
+            contents,
+            history,
+            header: store.header(route),
+            within,
+            undos: BTreeMap::new(),
+        }
+    }
+
+    /// Of the present.
+    pub fn header(&self) -> &ResponseHeader {
+        &self.header
+    }
+
+    /// Answers `request` as far as `budget` reaches.
+    pub fn range(
+        &mut self,
+        request: &RangeRequest,
+        budget: &mut Budget,
+    ) -> Result<RangeResponse, RangeError> {
         let at = if request.revision > 0 {
             request.revision
         } else {
-            header.revision
+            self.header.revision
         };
-        let empty = History::new(header.revision);
-        let (contents, history): (Vec<&Content>, &History) = match route {
-            Route::Sub(id) => match self.subs.get(id) {
-                Some(sub) => (vec![&sub.content], &sub.history),
-                None => (vec![], &empty),
-            },
-            Route::Merged => {
-                let subs = self.subs.values().map(|sub| &sub.content);
-                (subs.chain([&self.local]).collect(), &self.merged)
-            }
-        };
-        if at > header.revision {
+        if at > self.header.revision {
             return Err(RangeError::Future);
         }
-        if at < history.content_floor() {
+        let floor = self.history.map(History::content_floor);
+        if at < floor.unwrap_or(self.header.revision) {
             return Err(RangeError::Compacted);
         }
-        header.revision = at;
         let mut response = RangeResponse {
-            header: Some(header),
+            header: Some(ResponseHeader {
+                revision: at,
+                ..self.header
+            }),
             ..Default::default()
         };
         let Some(bounds) = bounds(&request.key, &request.range_end) else {
             return Ok(response);
         };
-        let selection = Selection { request, merged };
-        let undo = undo(history, at, &bounds);
-        if let [content] = contents.as_slice() {
-            let (entries, count) = content.range(&bounds);
-            let now = entries.filter(|entry| !undo.contains_key(entry.key()));
-            let then = undo.values().flatten().copied();
-            let changed_since = undo.keys().filter(|key| content.get(key).is_some()).count();
-            response.count = (count - changed_since + then.clone().count()) as i64;
-            selection.fill(&mut response, in_order(now, then));
-        } else {
-            let mut entries: Vec<&Arc<Entry>> = contents
-                .iter()
-                .flat_map(|content| content.range(&bounds).0)
-                .filter(|entry| !undo.contains_key(entry.key()))
-                .chain(undo.values().flatten().copied())
-                .collect();
-            entries.sort_unstable_by(|a, b| a.key().cmp(b.key()));
-            response.count = entries.len() as i64;
-            selection.fill(&mut response, entries.into_iter());
+        let undo = match self.undos.entry(at) {
+            Slot::Occupied(slot) => slot.into_mut(),
+            Slot::Vacant(slot) => slot.insert(undo(self.history, at, &self.within, budget)?),
+        };
+        let mut count = 0;
+        for (key, undone) in undo.range::<[u8], _>(bounds) {
+            budget.look_at_change()?;
+            let content = match undone.sub {
+                Some(id) => self.store.subs.get(id).map(|sub| &sub.content),
+                None => Some(&self.store.local),
+            };
+            let present = content.and_then(|content| content.get(key));
+            count += i64::from(undone.before.is_some()) - i64::from(present.is_some());
         }
+        let mut sources = Vec::with_capacity(self.contents.len());
+        for content in &self.contents {
+            let (entries, len) = content.range(&bounds);
+            if len > 0 {
+                sources.push(entries);
+                count += len as i64;
+            }
+        }
+        response.count = count;
+        let now = merged(sources).filter(|entry| !undo.contains_key(entry.key()));
+        let then = undo
+            .range::<[u8], _>(bounds)
+            .filter_map(|(_, undone)| undone.before);
+        let selection = Selection {
+            request,
+            merged: self.merged,
+        };
+        selection.fill(&mut response, in_order(now, then), budget)?;
         Ok(response)
     }
+}
+
+/// For each key in `within` that changed after revision `at`: what it held then.
+fn undo<'s>(
+    history: Option<&'s History>,
+    at: i64,
+    within: &Bounds<'_>,
+    budget: &mut Budget,
+) -> Result<Undo<'s>, RangeError> {
+    let mut undo = Undo::new();
+    let batches = history.into_iter().flat_map(|history| history.since(at + 1));
+    for batch in batches {
+        for event in &batch.events {
+            budget.look_at_change()?;
+            if std::ops::RangeBounds::<[u8]>::contains(within, event.key()) {
+                undo.entry(event.key()).or_insert(Undone {
+                    before: event.before.known(),
+                    sub: batch.sub.as_ref(),
+                });
+            }
+        }
+    }
+    Ok(undo)
+}
+
+/// All, which are in key order each and have no key in common, in key order. No more of them is looked at than is taken.
+fn merged<'e>(sources: Vec<impl Iterator<Item = &'e Arc<Entry>>>) -> impl Iterator<Item = &'e Arc<Entry>> {
+    let mut sources: Vec<_> = sources.into_iter().map(Iterator::peekable).collect();
+    let heads = sources.iter_mut().enumerate();
+    let heads = heads.filter_map(|(at, source)| source.peek().map(|entry| Reverse((entry.key(), at))));
+    let mut heads: BinaryHeap<Reverse<(&'e [u8], usize)>> = heads.collect();
+    std::iter::from_fn(move || {
+        let Reverse((_, at)) = heads.pop()?;
+        let entry = sources[at].next();
+        if let Some(next) = sources[at].peek() {
+            heads.push(Reverse((next.key(), at)));
+        }
+        entry
+    })
 }
 
 /// Both, which are in key order and have no key in common, in key order.
@@ -107,30 +240,18 @@ fn in_order<'e>(
     })
 }
 
-/// For each key in range that changed after revision `at`: what it held then.
-fn undo<'h>(
-    history: &'h History,
-    at: i64,
-    bounds: &Bounds<'_>,
-) -> BTreeMap<&'h [u8], Option<&'h Arc<Entry>>> {
-    let mut undo = BTreeMap::new();
-    for batch in history.since(at + 1) {
-        for event in &batch.events {
-            if std::ops::RangeBounds::<[u8]>::contains(bounds, event.key()) {
-                undo.entry(event.key()).or_insert(event.before.known());
-            }
-        }
-    }
-    undo
-}
-
 struct Selection<'r> {
     request: &'r RangeRequest,
     merged: bool,
 }
 
 impl Selection<'_> {
-    fn fill<'e>(&self, response: &mut RangeResponse, entries: impl Iterator<Item = &'e Arc<Entry>>) {
+    fn fill<'e>(
+        &self,
+        response: &mut RangeResponse,
+        entries: impl Iterator<Item = &'e Arc<Entry>>,
+        budget: &mut Budget,
+    ) -> Result<(), RangeError> {
         let request = self.request;
         let limit = usize::try_from(request.limit).ok().filter(|limit| *limit > 0);
         let filtered = request.min_mod_revision != 0
@@ -146,7 +267,13 @@ impl Selection<'_> {
             Some(limit) if !(ordered || filtered) => limit.saturating_add(1),
             _ => usize::MAX,
         };
-        let mut page: Vec<&Arc<Entry>> = entries.take(look_at).filter(|entry| self.passes(entry)).collect();
+        let mut page: Vec<&Arc<Entry>> = Vec::new();
+        for entry in entries.take(look_at) {
+            budget.look(1)?;
+            if self.passes(entry) {
+                page.push(entry);
+            }
+        }
         if sorted {
             self.sort(&mut page);
         }
@@ -166,6 +293,7 @@ impl Selection<'_> {
                 kv
             })
             .collect();
+        Ok(())
     }
 
     fn passes(&self, entry: &Entry) -> bool {
@@ -193,3 +321,6 @@ impl Selection<'_> {
         });
     }
 }
+
+#[cfg(test)]
+mod tests;

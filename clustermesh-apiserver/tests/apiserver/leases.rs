@@ -334,6 +334,78 @@ async fn a_mutex_works_for_readers_as_it_does_with_etcd() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_looks_at_so_many_locks_and_a_mutex_among_many_works() {
+    let both = Both::start("remote-c2").await;
+    let mut holder = Mutex::new(both.ours.clone()).await;
+    assert!(!holder.lock().await);
+    // 2,561 lock keys.
+    for group in 0..20 {
+        let puts = (0..128).map(|at| {
+            op(Request::RequestPut(PutRequest {
+                key: format!("{LOCKS}{:0>440}", group * 128 + at).into(),
+                lease: holder.lease,
+                ..Default::default()
+            }))
+        });
+        let request = TxnRequest {
+            success: puts.collect(),
+            ..Default::default()
+        };
+        holder.kv.txn(request).await.unwrap();
+    }
+    let all = || {
+        op(Request::RequestRange(RangeRequest {
+            key: LOCKS.into(),
+            range_end: LOCKS_END.into(),
+            ..Default::default()
+        }))
+    };
+    let reads = |count| TxnRequest {
+        success: vec![all(); count],
+        ..Default::default()
+    };
+    let mut kv = KvClient::new(both.ours.clone()).max_decoding_message_size(usize::MAX);
+    let answer = kv.txn(reads(2)).await.unwrap().into_inner();
+    for response in answer.responses {
+        let Some(Response::ResponseRange(found)) = response.response else {
+            panic!()
+        };
+        assert_eq!((found.count, found.kvs.len()), (2561, 2561));
+    }
+    // 100,000 are what a transaction may look at; it is refused whole, before it has written anything.
+    let mut request = reads(100);
+    let put = PutRequest {
+        key: format!("{LOCKS}late").into(),
+        lease: holder.lease,
+        ..Default::default()
+    };
+    request.success.push(op(Request::RequestPut(put)));
+    let refused = told(kv.txn(request).await.unwrap_err());
+    assert_eq!(refused, "InvalidArgument: etcdserver: request is too large");
+    let count = kv
+        .range(RangeRequest {
+            key: LOCKS.into(),
+            range_end: LOCKS_END.into(),
+            count_only: true,
+            ..Default::default()
+        })
+        .await
+        .unwrap();
+    assert_eq!(count.into_inner().count, 2561);
+    // The next one waits for its turn among all of them.
+    let mut waiting = Mutex::new(both.ours.clone()).await;
+    let answer = waiting.acquire().await;
+    let Some(Response::ResponseRange(owner)) = &answer.responses[1].response else {
+        panic!()
+    };
+    assert!(answer.succeeded && owner.kvs[0].key == holder.key);
+    // The holder's lease goes, with all its keys.
+    revoke(&mut holder.leases, holder.lease).await.unwrap();
+    assert!(!waiting.lock().await);
+    waiting.unlock().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_calls_around_reading_are_answered_or_refused_clearly() {
     let both = Both::start("remote-c2").await;
     let denied = "PermissionDenied: etcdserver: permission denied";

@@ -4,8 +4,18 @@
 use std::time::Duration;
 
 use isthmus_clustermesh_apiserver::server::{bucket::Rate, errors::TOO_MANY_REQUESTS};
+use isthmus_proto::etcdserverpb::{
+    DeleteRangeRequest, LeaseGrantRequest, LeaseLeasesRequest, LeaseTimeToLiveRequest, PutRequest,
+    RangeRequest, RequestOp, TxnRequest,
+    kv_client::KvClient,
+    lease_client::LeaseClient,
+    range_request::{SortOrder, SortTarget},
+    request_op::Request,
+};
+use tonic::Status;
 
 use crate::{
+    both::channel,
     lab::{Apiserver, Etcd, Pki, config, eventually},
     raw::{Dial, watch_request},
 };
@@ -243,6 +253,162 @@ async fn who_lists_too_much_waits_and_then_is_refused_and_others_are_not() {
         async move { again.list(PREFIX).await.ok() }
     })
     .await;
+    server.stop().await;
+}
+
+/// Asks `ask` until it is refused for what was looked at; returns how often it was answered, also with another refusal.
+async fn answered(mut ask: impl AsyncFnMut() -> Result<(), Status>) -> usize {
+    let mut answered = 0;
+    loop {
+        match ask().await {
+            Err(status) if status.message() == TOO_MANY_REQUESTS => return answered,
+            _ => answered += 1,
+        }
+        assert!(answered < 100, "nothing is charged");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_looked_at_is_paid_for_however_little_is_answered() {
+    let (etcd, pki) = (Etcd::start().await, Pki::new());
+    let mut config = config("c1", 1, etcd.config(), &pki);
+    // Three looks at some 301 keys; the next would have to wait for minutes.
+    config.limits.list_keys = Rate {
+        per_second: 1,
+        burst: 700,
+    };
+    config.limits.list_bytes = Rate::UNLIMITED;
+    config.limits.patience = Duration::from_millis(500);
+    config.limits.answer_bytes = 1_000_000;
+    let server = Apiserver::start(config).await;
+    server.ready().await;
+    let (_, last) = fill(&etcd, 300).await;
+    let mut good = Dial::new(&pki, "remote-c3").open(server.address).await.unwrap();
+    let mut seen = good.watch(PREFIX, last).await.unwrap();
+    seen.revisions(last).await.unwrap();
+    // 1,204 changes on the way back to before them: as much as 301 keys.
+    let mut client = etcd.client().await.unwrap();
+    let mut end = last;
+    for _ in 0..301 {
+        let puts: Vec<_> = (0..4)
+            .map(|at| etcd_client::TxnOp::put(format!("cilium/state/y/{at}"), "x", None))
+            .collect();
+        let answer = client.txn(etcd_client::Txn::new().and_then(puts)).await.unwrap();
+        end = answer.header().unwrap().revision();
+    }
+    good.watch("cilium/state/y/", end)
+        .await
+        .unwrap()
+        .revisions(end)
+        .await
+        .unwrap();
+    let all = || RangeRequest {
+        key: PREFIX.into(),
+        range_end: "cilium/state/x0".into(),
+        ..Default::default()
+    };
+    let filtered = RangeRequest {
+        min_mod_revision: last,
+        ..all()
+    };
+    let sorted = RangeRequest {
+        limit: 1,
+        sort_order: SortOrder::Descend as i32,
+        sort_target: SortTarget::Mod as i32,
+        ..all()
+    };
+    let old = RangeRequest {
+        limit: 1,
+        revision: last,
+        ..all()
+    };
+    for (request, keys) in [(&filtered, 1), (&sorted, 1), (&old, 1), (&all(), 0)] {
+        // Each on a connection of its own. The last one is refused as too large each time.
+        let mut kv = KvClient::new(channel(&pki, server.address, "remote-c2").await);
+        let count = answered(async || {
+            let answer = kv.range(request.clone()).await?.into_inner();
+            assert_eq!(answer.kvs.len(), keys);
+            Ok(())
+        });
+        assert_eq!(count.await, 3, "{request:?}");
+        // The same in a transaction, which may not even ask for a page.
+        let txn = TxnRequest {
+            success: vec![RequestOp {
+                request: Some(Request::RequestRange(request.clone())),
+            }],
+            ..Default::default()
+        };
+        let mut kv = KvClient::new(channel(&pki, server.address, "remote-c2").await);
+        let count = answered(async || kv.txn(txn.clone()).await.map(drop));
+        assert_eq!(count.await, 3, "a transaction of {request:?}");
+    }
+    // Pages are what they were: with a look whether there are more.
+    let mut kv = KvClient::new(channel(&pki, server.address, "remote-c2").await);
+    let page = RangeRequest { limit: 98, ..all() };
+    let count = answered(async || {
+        let answer = kv.range(page.clone()).await?.into_inner();
+        assert_eq!((answer.kvs.len(), answer.more), (98, true));
+        Ok(())
+    });
+    assert_eq!(count.await, 8, "700 are 7 times 100, and once on credit");
+
+    // Locks and leases are no different.
+    let holder = channel(&pki, server.address, "remote-c2").await;
+    let mut leases = LeaseClient::new(holder.clone());
+    for id in 1..=300 {
+        leases
+            .lease_grant(LeaseGrantRequest { id, ttl: 600 })
+            .await
+            .unwrap();
+    }
+    let mut kv = KvClient::new(holder);
+    for at in 0..300 {
+        let put = PutRequest {
+            key: format!("cilium/.initlock/{at}").into(),
+            lease: 1,
+            ..Default::default()
+        };
+        kv.put(put).await.unwrap();
+    }
+    let locks = RangeRequest {
+        key: "cilium/.initlock/".into(),
+        range_end: "cilium/.initlock0".into(),
+        limit: 1,
+        max_create_revision: i64::MAX,
+        ..Default::default()
+    };
+    let mut kv = KvClient::new(channel(&pki, server.address, "remote-c2").await);
+    let count = answered(async || kv.range(locks.clone()).await.map(drop));
+    assert_eq!(count.await, 3, "locks");
+    let txn = TxnRequest {
+        success: vec![RequestOp {
+            request: Some(Request::RequestRange(locks)),
+        }],
+        ..Default::default()
+    };
+    let mut kv = KvClient::new(channel(&pki, server.address, "remote-c2").await);
+    let count = answered(async || kv.txn(txn.clone()).await.map(drop));
+    assert_eq!(count.await, 3, "locks in a transaction");
+    let mut leases = LeaseClient::new(channel(&pki, server.address, "remote-c2").await);
+    let count = answered(async || leases.lease_leases(LeaseLeasesRequest {}).await.map(drop));
+    assert_eq!(count.await, 3, "leases");
+    let mut leases = LeaseClient::new(channel(&pki, server.address, "remote-c2").await);
+    let count = answered(async || {
+        let request = LeaseTimeToLiveRequest { id: 1, keys: true };
+        let answer = leases.lease_time_to_live(request).await?.into_inner();
+        assert_eq!(answer.keys.len(), 300);
+        Ok(())
+    });
+    assert_eq!(count.await, 3, "a lease's keys");
+    // Also for a deletion that is denied.
+    let mut kv = KvClient::new(channel(&pki, server.address, "remote-c3").await);
+    let delete = DeleteRangeRequest {
+        key: "cilium/.initlock/".into(),
+        range_end: "cilium/.initlock0".into(),
+        prev_kv: true,
+    };
+    let count = answered(async || kv.delete_range(delete.clone()).await.map(drop));
+    assert_eq!(count.await, 3, "deletions that are denied");
     server.stop().await;
 }
 

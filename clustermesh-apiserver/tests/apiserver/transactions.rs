@@ -286,6 +286,62 @@ async fn transactions_that_read_are_answered_as_etcd_does() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nested_transactions_of_readers_are_no_larger_than_one_that_is_not_nested() {
+    let both = Both::start("remote-c2").await;
+    let now = fill(&both).await;
+    let nested = |success: Vec<RequestOp>, failure: Vec<RequestOp>| {
+        op(Request::RequestTxn(TxnRequest {
+            success,
+            failure,
+            ..Default::default()
+        }))
+    };
+    let read = |revision| {
+        op(Request::RequestRange(RangeRequest {
+            limit: 1,
+            revision,
+            ..range(PREFIX, PREFIX_END)
+        }))
+    };
+    // 2 + 2 * 63 = 128; at revisions that were.
+    let inner = |now: i64| (0..63).map(|at| read(now - at % 7)).collect::<Vec<_>>();
+    let mut request = TxnRequest {
+        success: vec![nested(inner(now), inner(now)), nested(inner(now), vec![])],
+        ..Default::default()
+    };
+    let [want, got] = both.txns(&request).await;
+    assert!(want.is_ok(), "{want:?}");
+    assert_eq!(got, want);
+    // etcd counts along each path, and would do as many as fit into a request.
+    request.failure = vec![nested(vec![read(now)], vec![])];
+    let [want, got] = both.txns(&request).await;
+    assert!(want.is_ok(), "{want:?}");
+    let too_many = "InvalidArgument: etcdserver: too many operations in txn request";
+    assert_eq!(got.unwrap_err(), too_many);
+    let tree = (0..2).fold(vec![read(now); 44], |ops, _| vec![nested(ops, vec![]); 28]);
+    let request = TxnRequest {
+        success: tree,
+        ..Default::default()
+    };
+    // Before anything else is said about it: this one is written where no reader writes, and more than once.
+    let put = op(Request::RequestPut(PutRequest {
+        key: "cilium/state/x/a".into(),
+        ..Default::default()
+    }));
+    let writes = TxnRequest {
+        success: vec![
+            nested(vec![put.clone(); 100], vec![]),
+            nested(vec![put; 100], vec![]),
+        ],
+        ..Default::default()
+    };
+    for request in [request, writes] {
+        let status = KvClient::new(both.ours.clone()).txn(request).await.unwrap_err();
+        assert_eq!(told(status), too_many);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_may_not_read_or_write_is_told_so_in_etcds_words() {
     let both = Both::start("remote-c2").await;
     fill(&both).await;

@@ -8,6 +8,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Bound,
     sync::Arc,
     time::Duration,
 };
@@ -23,9 +24,11 @@ use crate::{
         Answer, Command, LeaseInfo, Refusal, granted_ttl,
         state::{Past, Retention, State},
     },
-    store::SourceChange,
+    store::{Budget, RangeError, SourceChange},
 };
 
+/// What a key takes in an answer beside itself and its value, at most.
+const KEY_VALUE_LEN: usize = 64;
 /// How much of the past watchers of lock keys can ask for.
 const RETENTION: Retention = Retention {
     revisions: 4096,
@@ -100,10 +103,27 @@ struct Lease {
     ends: Duration,
 }
 
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Debug, Default, Eq, PartialEq)]
 struct Has {
-    leases: usize,
+    leases: BTreeSet<i64>,
     keys: usize,
+}
+
+/// Whether a transaction compares, reads and writes keys in `range` only.
+pub fn concerns(range: &KeyRange, txn: &TxnRequest) -> bool {
+    // A range that ends before it begins lies anywhere.
+    let inside =
+        |key: &Bytes, end: &Bytes| range.contains(key) && KeyRange::from_etcd(key, end).lies_in(range);
+    let mut compares = txn.compare.iter();
+    let mut ops = txn.success.iter().chain(&txn.failure);
+    compares.all(|compare| inside(&compare.key, &compare.range_end))
+        && ops.all(|op| match &op.request {
+            Some(Request::RequestRange(range)) => inside(&range.key, &range.range_end),
+            Some(Request::RequestPut(put)) => inside(&put.key, &Bytes::new()),
+            Some(Request::RequestDeleteRange(delete)) => inside(&delete.key, &delete.range_end),
+            Some(Request::RequestTxn(txn)) => concerns(range, txn),
+            None => true,
+        })
 }
 
 /// All leases and lock keys.
@@ -134,26 +154,9 @@ impl LockSpace {
         }
     }
 
-    /// Whether a transaction compares, reads and writes lock keys only.
-    pub fn concerns(&self, txn: &TxnRequest) -> bool {
-        // A range that ends before it begins lies anywhere.
-        let inside = |key: &Bytes, end: &Bytes| {
-            self.range.contains(key) && KeyRange::from_etcd(key, end).lies_in(&self.range)
-        };
-        let mut compares = txn.compare.iter();
-        let mut ops = txn.success.iter().chain(&txn.failure);
-        compares.all(|compare| inside(&compare.key, &compare.range_end))
-            && ops.all(|op| match &op.request {
-                Some(Request::RequestRange(range)) => inside(&range.key, &range.range_end),
-                Some(Request::RequestPut(put)) => inside(&put.key, &Bytes::new()),
-                Some(Request::RequestDeleteRange(delete)) => inside(&delete.key, &delete.range_end),
-                Some(Request::RequestTxn(txn)) => self.concerns(txn),
-                None => true,
-            })
-    }
-
-    fn has(&self, client: &str) -> Has {
-        self.clients.get(client).copied().unwrap_or_default()
+    fn has(&self, client: &str) -> (usize, usize) {
+        let has = self.clients.get(client);
+        has.map_or((0, 0), |has| (has.leases.len(), has.keys))
     }
 
     fn change(&mut self, client: &Arc<str>, change: impl FnOnce(&mut Has)) {
@@ -162,6 +165,79 @@ impl LockSpace {
         if *has == Has::default() {
             self.clients.remove(client);
         }
+    }
+
+    /// The lock keys that etcd means by these two fields, and whose they are.
+    fn between(&self, key: &[u8], range_end: &[u8]) -> impl Iterator<Item = (&Bytes, &Arc<str>)> {
+        let range = KeyRange::from_etcd(key, range_end);
+        let from = (Bound::Included(key), Bound::Unbounded);
+        let keys = self.keys.range::<[u8], _>(from);
+        keys.take_while(move |(key, _)| range.contains(key))
+    }
+
+    /// Charges what `command` looks at and answers, at most and in whichever branch it takes: once it writes it cannot be
+    /// stopped. What it writes itself is not counted; its operations are few.
+    pub fn look(&self, command: &Command, budget: &mut Budget) -> Result<(), RangeError> {
+        match command {
+            Command::Put(request) => self.look_at_put(request, budget),
+            Command::Delete(request) => self.look_at_deletion(request, budget),
+            Command::Txn(request) => self.look_at_txn(request, budget),
+            Command::Grant { .. } | Command::Revoke(_) | Command::Compact(_) => Ok(()),
+        }
+    }
+
+    fn look_at_txn(&self, txn: &TxnRequest, budget: &mut Budget) -> Result<(), RangeError> {
+        for compare in &txn.compare {
+            self.count(&compare.key, &compare.range_end, budget)?;
+        }
+        for op in txn.success.iter().chain(&txn.failure) {
+            match &op.request {
+                Some(Request::RequestRange(request)) => self.look_at_range(request, budget)?,
+                Some(Request::RequestPut(request)) => self.look_at_put(request, budget)?,
+                Some(Request::RequestDeleteRange(request)) => self.look_at_deletion(request, budget)?,
+                Some(Request::RequestTxn(request)) => self.look_at_txn(request, budget)?,
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Keys in a range, as far as `budget` reaches. To look for them is not for nothing.
+    fn count(&self, key: &[u8], range_end: &[u8], budget: &mut Budget) -> Result<usize, RangeError> {
+        budget.look(1)?;
+        let mut count = 0;
+        for _ in self.between(key, range_end) {
+            budget.look(1)?;
+            count += 1;
+        }
+        Ok(count)
+    }
+
+    fn answer(&self, keys: usize, budget: &mut Budget) -> Result<(), RangeError> {
+        budget.answer(keys.saturating_mul(self.limits.key_bytes + KEY_VALUE_LEN))
+    }
+
+    fn look_at_range(&self, range: &RangeRequest, budget: &mut Budget) -> Result<(), RangeError> {
+        if (1..self.state.revision()).contains(&range.revision) {
+            // What it finds, in the past, is counted there.
+            return budget.look(1);
+        }
+        let found = self.count(&range.key, &range.range_end, budget)?;
+        match usize::try_from(range.limit) {
+            _ if range.count_only => Ok(()),
+            Ok(limit) if limit > 0 => self.answer(found.min(limit), budget),
+            _ => self.answer(found, budget),
+        }
+    }
+
+    fn look_at_put(&self, put: &PutRequest, budget: &mut Budget) -> Result<(), RangeError> {
+        budget.look(1)?;
+        self.answer(usize::from(put.prev_kv), budget)
+    }
+
+    fn look_at_deletion(&self, delete: &DeleteRangeRequest, budget: &mut Budget) -> Result<(), RangeError> {
+        let found = self.count(&delete.key, &delete.range_end, budget)?;
+        self.answer(if delete.prev_kv { found } else { 0 }, budget)
     }
 
     /// Does a put, a deletion or a transaction of `client`. Ranges in it at older revisions are answered by `past`.
@@ -180,8 +256,8 @@ impl LockSpace {
                 return Err(LockRefusal::Denied);
             }
         };
-        let full = self.has(client).keys + puts > self.limits.keys_per_client
-            || self.keys.len() + puts > self.limits.keys;
+        let (_, keys) = self.has(client);
+        let full = keys + puts > self.limits.keys_per_client || self.keys.len() + puts > self.limits.keys;
         if puts > 0 && full {
             return Err(LockRefusal::TooMany);
         }
@@ -209,11 +285,7 @@ impl LockSpace {
         if range.is_empty() {
             return Ok(());
         }
-        let from = self.keys.range::<[u8], _>((
-            std::ops::Bound::Included(range.start()),
-            std::ops::Bound::Unbounded,
-        ));
-        let mut owners = from.take_while(|(key, _)| range.contains(key));
+        let mut owners = self.between(&delete.key, &delete.range_end);
         if !range.lies_in(&self.range) || owners.any(|(_, owner)| **owner != *client) {
             return Err(LockRefusal::Denied);
         }
@@ -270,8 +342,8 @@ impl LockSpace {
 
     /// Makes a lease and returns its TTL in seconds. `id` is not 0.
     pub fn grant(&mut self, client: &str, id: i64, ttl: i64, now: Duration) -> Result<i64, LockRefusal> {
-        let has = self.has(client).leases;
-        if has >= self.limits.leases_per_client || self.leases.len() >= self.limits.leases {
+        let (leases, _) = self.has(client);
+        if leases >= self.limits.leases_per_client || self.leases.len() >= self.limits.leases {
             return Err(LockRefusal::TooMany);
         }
         let ttl = granted_ttl(ttl);
@@ -280,7 +352,9 @@ impl LockSpace {
             .get_key_value(client)
             .map_or_else(|| client.into(), |(name, _)| name.clone());
         self.apply(&client, &Command::Grant { id, ttl }, &NoPast)?;
-        self.change(&client, |has| has.leases += 1);
+        self.change(&client, |has| {
+            has.leases.insert(id);
+        });
         let ends = end(now, ttl);
         self.ends.insert((ends, id));
         self.leases.insert(id, Lease { client, ends });
@@ -302,7 +376,9 @@ impl LockSpace {
     fn end(&mut self, id: i64) -> Result<Changes, Refusal> {
         let lease = self.leases.remove(&id).ok_or(Refusal::LeaseNotFound)?;
         self.ends.remove(&(lease.ends, id));
-        self.change(&lease.client, |has| has.leases -= 1);
+        self.change(&lease.client, |has| {
+            has.leases.remove(&id);
+        });
         Ok(self.apply(&lease.client, &Command::Revoke(id), &NoPast)?.1)
     }
 
@@ -327,8 +403,8 @@ impl LockSpace {
 
     /// Leases of `client`.
     pub fn leases(&self, client: &str) -> Vec<i64> {
-        let own = self.leases.iter().filter(|(_, lease)| *lease.client == *client);
-        own.map(|(id, _)| *id).collect()
+        let has = self.clients.get(client);
+        has.map_or_else(Vec::new, |has| has.leases.iter().copied().collect())
     }
 
     /// When the next lease ends.

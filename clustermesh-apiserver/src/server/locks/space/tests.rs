@@ -274,13 +274,135 @@ proptest! {
             prop_assert_eq!(&held, &seen);
             prop_assert_eq!(space.keys.keys().map(|key| key.to_vec()).collect::<BTreeSet<_>>(), held);
             for client in ["a", "b"] {
-                let has = space.has(client);
-                prop_assert_eq!(has.leases, space.leases(client).len());
-                prop_assert_eq!(has.keys, space.keys.values().filter(|owner| &***owner == client).count());
-                prop_assert!(has.leases <= limits.leases_per_client && has.keys <= limits.keys_per_client);
+                let (leases, keys) = space.has(client);
+                let own: Vec<i64> = space.leases.iter().filter(|(_, lease)| *lease.client == *client).map(|(id, _)| *id).collect();
+                prop_assert_eq!((leases, space.leases(client)), (own.len(), own));
+                prop_assert_eq!(keys, space.keys.values().filter(|owner| &***owner == client).count());
+                prop_assert!(leases <= limits.leases_per_client && keys <= limits.keys_per_client);
             }
             prop_assert!(space.leases.len() <= limits.leases && space.keys.len() <= limits.keys);
             prop_assert_eq!(space.ends.len(), space.leases.len());
         }
+    }
+}
+
+/// A space with `count` locks of a client.
+fn locked(count: i64) -> LockSpace {
+    let mut space = space(LockLimits::default());
+    for lease in 1..=count {
+        space.grant("remote", lease, 60, Duration::ZERO).unwrap();
+        space.write("remote", &acquire(lease), &NoPast).unwrap();
+    }
+    space
+}
+
+fn reads(count: usize, request: &RangeRequest) -> Command {
+    Command::Txn(TxnRequest {
+        success: vec![op(Request::RequestRange(request.clone())); count],
+        ..Default::default()
+    })
+}
+
+#[test]
+fn what_a_transaction_reads_is_counted_before_it_reads() {
+    let space = locked(200);
+    let all = RangeRequest {
+        key: PREFIX.into(),
+        range_end: "cilium/.initlock0".into(),
+        ..Default::default()
+    };
+    let look = |command: &Command, keys, bytes| {
+        let mut budget = Budget::new(keys, bytes);
+        (space.look(command, &mut budget), budget.looked())
+    };
+    let too_large = Err(RangeError::TooLarge);
+    assert_eq!(look(&reads(128, &all), 1000, usize::MAX), (too_large, 1000));
+    assert_eq!(look(&reads(4, &all), 1000, usize::MAX), (Ok(()), 4 * 201));
+    assert_eq!(look(&reads(4, &all), 1000, 100_000), (too_large, 201));
+    let one = RangeRequest {
+        limit: 1,
+        ..all.clone()
+    };
+    assert_eq!(look(&reads(4, &one), 1000, 100_000), (Ok(()), 4 * 201));
+    let count = RangeRequest {
+        count_only: true,
+        ..all.clone()
+    };
+    assert_eq!(look(&reads(4, &count), 1000, 0), (Ok(()), 4 * 201));
+    // Nested, and in a branch that is not taken; comparisons and deletions as well.
+    let Command::Txn(inner) = reads(100, &all) else {
+        panic!()
+    };
+    let nested = TxnRequest {
+        failure: vec![op(Request::RequestTxn(inner))],
+        ..Default::default()
+    };
+    assert_eq!(look(&Command::Txn(nested), 1000, usize::MAX), (too_large, 1000));
+    let compares = TxnRequest {
+        compare: vec![
+            Compare {
+                key: PREFIX.into(),
+                range_end: "cilium/.initlock0".into(),
+                ..Default::default()
+            };
+            100
+        ],
+        ..Default::default()
+    };
+    assert_eq!(look(&Command::Txn(compares), 1000, usize::MAX), (too_large, 1000));
+    let deletes = TxnRequest {
+        success: vec![
+            op(Request::RequestDeleteRange(DeleteRangeRequest {
+                key: PREFIX.into(),
+                range_end: "cilium/.initlock0".into(),
+                prev_kv: false,
+            }));
+            100
+        ],
+        ..Default::default()
+    };
+    assert_eq!(look(&Command::Txn(deletes), 1000, usize::MAX), (too_large, 1000));
+    // A mutex among as many waiting ones: it looks at its own key, and at all keys in each branch.
+    let (mine, found) = (2 + 2 + 1, 2 * 201);
+    assert_eq!(look(&acquire(7), 1000, 10_000), (Ok(()), mine + found));
+}
+
+#[test]
+fn no_more_is_answered_than_was_counted() {
+    let mut space = locked(30);
+    let all = RangeRequest {
+        key: PREFIX.into(),
+        range_end: "cilium/.initlock0".into(),
+        ..Default::default()
+    };
+    for request in [
+        reads(3, &all),
+        reads(
+            5,
+            &RangeRequest {
+                limit: 7,
+                ..all.clone()
+            },
+        ),
+        reads(
+            9,
+            &RangeRequest {
+                keys_only: true,
+                ..all.clone()
+            },
+        ),
+        acquire(8),
+    ] {
+        let mut budget = Budget::new(10_000, 1_000_000);
+        space.look(&request, &mut budget).unwrap();
+        let (answer, _) = space.write("remote", &request, &NoPast).unwrap();
+        let Answer::Txn(answer) = answer else { panic!() };
+        let kvs = answer.responses.iter().map(|response| match &response.response {
+            Some(Response::ResponseRange(range)) => range.kvs.iter().map(prost::Message::encoded_len).sum(),
+            _ => 0,
+        });
+        let bytes: usize = kvs.sum();
+        // More than these are charged already.
+        assert!(budget.answer(1_000_000 - bytes).is_err(), "{request:?}");
     }
 }
