@@ -52,7 +52,8 @@ pub struct LimitArgs {
         default_value_t = 8192
     )]
     max_watches_per_connection: usize,
-    /// Keys a second that a connection may list; four times as many at once. More of them wait, or are refused. 0 = no limit.
+    /// Keys a second that are looked at for a connection's lists; four times as many at once. More of them wait, or are refused.
+    /// 0 = no limit.
     #[arg(
         long,
         env = "ISTHMUS_LIST_RATE_LIMIT",
@@ -68,7 +69,7 @@ pub struct LimitArgs {
         default_value_t = 32
     )]
     list_bytes_rate_limit: u64,
-    /// Keys a second that all connections of a client may list; four times as many at once. 0 = no limit.
+    /// Keys a second that are looked at for the lists of all connections of a client; four times as many at once. 0 = no limit.
     #[arg(
         long,
         env = "ISTHMUS_LIST_RATE_LIMIT_PER_CLIENT",
