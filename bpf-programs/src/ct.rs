@@ -16,7 +16,7 @@ pub fn now() -> u32 {
 
 /// Writes both entries of the new flow in `work`, which its first packet has begun: first the way back, so that no answer finds
 /// it missing.
-#[inline(never)]
+#[inline(always)]
 pub fn create(work: &mut Work, tcp_flags: u8) -> Result<(), DropReason> {
     (work.flow.state, work.flow.flags) =
         ct_step(work.tuple.proto, work.flow.state, work.flow.flags, tcp_flags);

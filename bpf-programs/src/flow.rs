@@ -25,28 +25,29 @@ pub fn enabled() -> bool {
     tables::has_feature(feature::PACKET_LB)
 }
 
-/// A packet of a pod: sends it to a backend if it is for a frontend. `work.packet.outcome` says what became of it; if that is a
-/// drop, its frontend leads nowhere and the sender should hear of it.
+/// A packet of a pod: returns whether it is for a frontend, and so for [`to_backend`]. An error about a service's packet is
+/// translated here, as is a pod's answer to itself; `work.packet.outcome` says so.
 ///
-/// A function of its own in the object, like all that are not inlined here: the stack of one holds no more.
+/// A function of its own in the object, like all that are not inlined here: the stack of one holds no more. And it returns before
+/// the next is called, since the stacks of a chain of calls add up.
 #[inline(never)]
-pub fn forward(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
+pub fn is_for_frontend(ctx: &TcContext, work: &mut Work) -> Result<bool, DropReason> {
     if icmp::is_error(ctx, &work.packet) {
-        return icmp::forward(ctx, work);
+        icmp::forward(ctx, work)?;
+        return Ok(false);
     }
     if !l4::tuple(ctx, &work.packet, &mut work.tuple)? {
-        return Ok(());
+        return Ok(false);
     }
     if work.packet.destination == LOOPBACK_IPV4 || work.packet.destination == LOOPBACK_IPV6 {
-        return answer_to_itself(ctx, work);
+        answer_to_itself(ctx, work)?;
+        return Ok(false);
     }
-    if tables::service(&frontend(&work.tuple)).is_none() {
-        return Ok(());
-    }
-    to_backend(ctx, work)
+    Ok(tables::service(&frontend(&work.tuple)).is_some())
 }
 
-/// Sends the packet of the flow in `work.tuple`, which is to a frontend, to the flow's backend; see [`forward`].
+/// Sends the packet of the flow in `work.tuple`, which is to a frontend, to the flow's backend. `work.packet.outcome` says what
+/// became of it; if that is a drop, its frontend leads nowhere and the sender should hear of it.
 #[inline(never)]
 pub fn to_backend(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
     let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;

@@ -44,7 +44,9 @@ fn decide(ctx: &TcContext) -> Result<(DropReason, i32), DropReason> {
     }
     let source = sender(ctx, &work.packet)?;
     if flow::enabled() {
-        flow::forward(ctx, work)?;
+        if flow::is_for_frontend(ctx, work)? {
+            flow::to_backend(ctx, work)?;
+        }
         if work.packet.outcome.is_drop() {
             return refuse(ctx, &work.packet, source);
         }

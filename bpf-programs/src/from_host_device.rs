@@ -8,10 +8,10 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use isthmus_bpf_abi::{Direction, DropReason, feature};
+use isthmus_bpf_abi::{Direction, DropReason};
 
 use crate::{
-    answer,
+    answer, flow,
     metrics::count,
     outside,
     parse::{Frame, parse},
@@ -43,12 +43,14 @@ fn decide(ctx: &TcContext) -> Result<(DropReason, i32), DropReason> {
     if !matches!(parse(ctx, &mut work.packet), Ok(Frame::Ip)) || work.packet.is_link_control() {
         return STACK;
     }
-    outside::inbound(ctx, work)?;
+    if outside::frontend(ctx, work)? {
+        flow::to_backend(ctx, work)?;
+    }
     if work.packet.outcome == DropReason::Forwarded {
         return STACK;
     }
     if work.packet.outcome.is_drop() {
-        if tables::has_feature(feature::NO_BACKEND_DROP) {
+        if outside::vanishes(work) {
             return Err(work.packet.outcome);
         }
         answer::refuse(ctx, &work.packet)?;

@@ -17,58 +17,63 @@ pub fn enabled() -> bool {
     tables::config().is_some_and(|config| config.features & any != 0)
 }
 
-/// A packet from outside: to a backend if it is for a frontend; to who sent the question if it answers one that left with an
-/// address of the node. `work.packet.outcome` says what became of it; if that is a drop, its frontend leads nowhere.
+/// A packet from outside: returns whether it is for a frontend, whose flags are in `work` then, and so for [`flow::to_backend`]. An
+/// answer to what left with an address of the node goes to who sent that; `work.packet.outcome` says so.
 #[inline(never)]
-pub fn inbound(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
+pub fn frontend(ctx: &TcContext, work: &mut Work) -> Result<bool, DropReason> {
     if icmp::is_error(ctx, &work.packet) {
-        return icmp::outside(ctx, work);
+        icmp::outside(ctx, work)?;
+        return Ok(false);
     }
     if !l4::tuple_or_echo(ctx, &work.packet, &mut work.tuple)? {
-        return Ok(());
+        return Ok(false);
     }
     let entry = tables::flow(&work.tuple);
     if let Some(entry) = entry {
         words::copy_flow(entry, &mut work.flow);
         if work.flow.flags & ct_flag::REVERSE != 0 {
+            // Without an address of the node it is on its way to a pod that asked a service: its own hook's business.
             if work.flow.flags & ct_flag::SNAT != 0 {
-                return flow::come_back(ctx, work, entry);
+                flow::come_back(ctx, work, entry)?;
             }
-            // On its way to a pod that asked a service: its own hook's business.
-            return Ok(());
+            return Ok(false);
         }
         if work.flow.service_id == 0 {
             let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;
             ct::touch(work, entry, tcp_flags);
-            return Ok(());
+            return Ok(false);
         }
     }
     let Some(service) = tables::service(&flow::frontend(&work.tuple)) else {
-        return direct(work);
+        direct(work)?;
+        return Ok(false);
     };
     if !tables::has_feature(feature::NODE_PORT) {
-        return Ok(());
+        return Ok(false);
     }
     if service.flags & service_flag::EXTERNAL == 0 {
         if service.flags & service_flag::CLUSTER_IP != 0 {
             return Err(DropReason::ClusterIpOutside);
         }
-        return Ok(());
+        return Ok(false);
     }
     if service.flags & service_flag::SOURCE_RANGES != 0
         && !tables::may_ask(service.service_id, &work.tuple.source)
     {
         return Err(DropReason::SourceRange);
     }
-    flow::to_backend(ctx, work)?;
-    // Nobody here, but elsewhere: whoever spreads the clients over nodes will notice, and a reset would end what a retry saves.
-    if work.packet.outcome == DropReason::NoBackend
-        && service.flags & service_flag::EXTERNAL_LOCAL != 0
-        && has_backends_elsewhere(work)
-    {
-        return Err(DropReason::NoBackend);
-    }
-    Ok(())
+    work.service_flags = service.flags;
+    Ok(true)
+}
+
+/// Whether a packet whose frontend leads nowhere must vanish rather than be answered: nobody is here, but
+/// somebody elsewhere. Whoever spreads the clients over nodes will notice, and a reset would end what a retry saves.
+#[inline(always)]
+pub fn vanishes(work: &Work) -> bool {
+    tables::has_feature(feature::NO_BACKEND_DROP)
+        || work.packet.outcome == DropReason::NoBackend
+            && work.service_flags & service_flag::EXTERNAL_LOCAL != 0
+            && has_backends_elsewhere(work)
 }
 
 #[inline(always)]

@@ -45,22 +45,7 @@ pub fn claim(work: &mut Work) -> Result<(), DropReason> {
     }
     ct_pair(&work.tuple, &work.flow, &mut work.pair_key, &mut work.pair);
     let hash = tuple_hash(&work.tuple);
-    // The first half of the tries spares flows that are just closing: their last packets may still come.
-    for half in 0..2 {
-        if let Taken::Yes = search(work, hash, half * TRIES, (min, max)) {
-            return Ok(());
-        }
-    }
-    Err(DropReason::NoSnatPort)
-}
-
-/// Tries in one half.
-const TRIES: u32 = SNAT_TRIES_MAX / 2;
-
-/// Tries ports until one is free, or is of a flow that is over.
-#[inline(never)]
-fn search(work: &mut Work, hash: u32, first: u32, (min, max): (u16, u16)) -> Taken {
-    for attempt in first..first + TRIES {
+    for attempt in 0..SNAT_TRIES_MAX {
         // Another port would need another checksum there.
         let port = if work.tuple.proto == PROTO_SCTP {
             work.tuple.source_port
@@ -70,15 +55,20 @@ fn search(work: &mut Work, hash: u32, first: u32, (min, max): (u16, u16)) -> Tak
         work.flow.peer_port = port;
         work.pair_key.destination_port = port;
         if tables::add_flow(&work.pair_key, &work.pair).is_ok() {
-            return Taken::Yes;
+            return Ok(());
         }
-        match standing(work, first != 0) {
-            Standing::Lives => {}
-            Standing::Own => return put(work),
-            Standing::Over => return take_over(work, first != 0),
+        // The first half of the tries spares flows that are just closing: their last packets may still come.
+        let closing_too = attempt >= SNAT_TRIES_MAX / 2;
+        let taken = match standing(work, closing_too) {
+            Standing::Lives => Taken::No,
+            Standing::Own => put(work),
+            Standing::Over => take_over(work, closing_too),
+        };
+        if let Taken::Yes = taken {
+            return Ok(());
         }
     }
-    Taken::No
+    Err(DropReason::NoSnatPort)
 }
 
 /// [`isthmus_bpf_abi::CtKey::pad`] of the claim on a key.

@@ -30,6 +30,8 @@ pub struct Work {
     pub other_key: CtKey,
     /// That flow's other entry.
     pub other_pair: CtValue,
+    /// The frontend's flags, where the packet comes from outside.
+    pub service_flags: u16,
     /// Who sent it.
     pub client: AffinityKey,
     /// What is just being replaced.
