@@ -232,6 +232,12 @@ fn a_pod_reaches_another_nodes_port() {
                 &[(id * 2, HERE[family]), (id * 2 + 1, THERE[family])],
             );
             assert_eq!(in_namespace(&two.pods[1], || ask(vip)), everybody(), "{vip}");
+            // A process of the node itself answers through the overlay.
+            let target = ["192.0.2.1:6443", "[2001:db8::1]:6443"][family];
+            in_namespace(&one.namespace, || serve(target, "node"));
+            expose(&one.datapath, 10 + id, vip, 0, &[(10 + id, target)]);
+            let seen = in_namespace(&two.pods[1], || ask(vip));
+            assert_eq!(seen, BTreeSet::from(["node", "udp node"].map(str::to_owned)));
         }
     });
 }
