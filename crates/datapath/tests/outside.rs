@@ -263,6 +263,70 @@ fn no_two_flows_have_one_port_and_none_is_lost_for_ever() {
     });
 }
 
+/// All CPUs look for ports at once, first for free ones, then for those of flows that are over.
+#[test]
+fn ports_are_given_once_however_many_ask() {
+    Edge::check(|edge| {
+        const ROOM: u16 = 256;
+        const EACH: u16 = 100;
+        edge.set(ALL_FEATURES, 2_000..=1_999 + ROOM);
+        edge.service(1, NODE_PORT[0], PROTO_UDP, 0, &[REMOTE[0]]);
+        for round in 0..4 {
+            let start = std::sync::Barrier::new(4);
+            let got: Vec<(Ends, Ends)> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..4)
+                    .map(|thread| {
+                        let start = &start;
+                        scope.spawn(move || {
+                            lab::in_namespace(&edge.node.namespace, || {
+                                start.wait();
+                                let datapath = &edge.node.datapath;
+                                let flows = (0..EACH).map(|number| {
+                                    let port = 10_000 + round * 4 * EACH + thread * EACH + number;
+                                    let asked = ends(&format!("198.51.100.7:{port}"), NODE_PORT[0]);
+                                    let frame = udp(OUTSIDER, asked, b"?");
+                                    let hook = PacketHook::FromHostDevice;
+                                    let (_, out) = datapath.simulate(hook, &frame, edge.ifindex).unwrap();
+                                    (asked, read(&out).ends)
+                                });
+                                flows.collect::<Vec<_>>()
+                            })
+                        })
+                    })
+                    .collect();
+                threads
+                    .into_iter()
+                    .flat_map(|thread| thread.join().unwrap())
+                    .collect()
+            });
+            let mut ports = BTreeSet::new();
+            for (asked, reached) in got {
+                if reached.destination != end(REMOTE[0]) {
+                    continue;
+                }
+                assert!(
+                    ports.insert(reached.source.1),
+                    "{} twice in round {round}",
+                    reached.source.1
+                );
+                let back = edge.flow(reached.back(), PROTO_UDP).unwrap();
+                assert_eq!(
+                    (back.peer_address, back.peer_port),
+                    (asked.source.0, asked.source.1.to_be_bytes())
+                );
+            }
+            // Who finds nothing in its tries is refused; nearly all ports are given.
+            assert!(ports.len() >= usize::from(ROOM) * 3 / 4, "{} ports", ports.len());
+            let tables = edge.node.datapath.tables();
+            for (key, mut value) in tables.ct.dump().unwrap() {
+                assert_eq!(key.pad, [0; 3], "a claim stayed");
+                value.last_seen = value.last_seen.wrapping_sub(100);
+                tables.ct.put(&key, &value).unwrap();
+            }
+        }
+    });
+}
+
 #[test]
 fn a_flow_finds_its_port_again_and_the_way_back_is_mended() {
     Edge::check(|edge| {
