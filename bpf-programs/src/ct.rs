@@ -104,7 +104,7 @@ pub fn collides(tuple: &CtKey, flow: &CtValue, pair_key: &mut CtKey) -> bool {
     pair_key.destination = tuple.source;
     pair_key.destination_port = tuple.source_port;
     pair_key.proto = tuple.proto;
-    pair_key.pad = [0; 3];
+    pair_key.pad = tuple.pad;
     let Some(other) = tables::flow(pair_key) else {
         return false;
     };

@@ -8,7 +8,7 @@ use aya_ebpf::programs::TcContext;
 use isthmus_bpf_abi::{
     Address, Backend, CtKey, CtValue, DropReason, LOOPBACK_IPV4, LOOPBACK_IPV6, PROTO_TCP, PROTO_UDP,
     SCOPE_EXTERNAL, ServiceKey, TCP_ACK, TCP_SYN, affinity_kind, backend_state, ct_flag, ct_state, feature,
-    is_ipv4_mapped, loopback_of, tuple_hash,
+    is_ipv4_mapped, loopback_of, service_flag, tuple_hash,
 };
 
 use crate::{
@@ -227,10 +227,18 @@ fn standing(known: &CtValue, proto: u8, tcp_flags: u8) -> Standing {
 #[inline(always)]
 fn choose(work: &mut Work) -> Result<(), DropReason> {
     match choose_among(work, false) {
-        // Of two conversations between the same sockets the newer one has the answers.
-        Err(DropReason::TupleInUse) if work.tuple.proto == PROTO_UDP => choose_among(work, true),
+        // Of two conversations between the same sockets the newer one has the answers; a client outside gets another port.
+        Err(DropReason::TupleInUse) if work.tuple.proto == PROTO_UDP || may_hide(work) => {
+            choose_among(work, true)
+        }
         result => result,
     }
+}
+
+/// Whether the backends of the frontend may see the node instead of the client.
+#[inline(always)]
+fn may_hide(work: &Work) -> bool {
+    work.outside != 0 && work.service_flags & service_flag::EXTERNAL_LOCAL == 0
 }
 
 /// Chooses among the backends to which the client's ports are free, or among all.
@@ -266,6 +274,10 @@ fn choose_among(work: &mut Work, all: bool) -> Result<(), DropReason> {
             work.flow.service_id = service_id;
             if work.outside == 0 && work.flow.nat_address == work.tuple.source {
                 work.flow.flags = ct_flag::HAIRPIN;
+            }
+            if all && may_hide(work) && work.flow.flags == 0 {
+                work.flow.peer_address = snat::router(&work.flow.nat_address)?;
+                work.flow.flags = ct_flag::SNAT;
             }
             Ok(())
         }

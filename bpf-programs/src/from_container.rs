@@ -15,32 +15,34 @@ use crate::{
     answer, deliver, flow,
     metrics::count,
     outside,
-    overlay::{self, Route},
     parse::{Frame, Packet, parse},
     send, tables,
+    work::Work,
 };
 
 #[classifier]
 fn isthmus_from_container(ctx: TcContext) -> i32 {
     let bytes = ctx.len();
-    let (reason, verdict) = match decide(&ctx) {
-        Ok(done) => done,
+    let (reason, verdict) = match tables::work() {
+        Ok(work) => match decide(&ctx, work) {
+            Ok(verdict) => (work.packet.outcome, verdict),
+            Err(reason) => (reason, TC_ACT_SHOT),
+        },
         Err(reason) => (reason, TC_ACT_SHOT),
     };
     count(reason, Direction::FromContainer, bytes);
     verdict
 }
 
-/// What the packet came to, and the verdict.
+/// The verdict; `work.packet.outcome` says what the packet came to.
 #[inline(always)]
-fn decide(ctx: &TcContext) -> Result<(DropReason, i32), DropReason> {
-    let work = tables::work()?;
+fn decide(ctx: &TcContext, work: &mut Work) -> Result<i32, DropReason> {
     work.outside = 0;
     if parse(ctx, &mut work.packet)? == Frame::Arp {
-        return Ok((DropReason::Forwarded, TC_ACT_OK));
+        return Ok(TC_ACT_OK);
     }
     if work.packet.is_link_control() {
-        return Ok((DropReason::Forwarded, TC_ACT_OK));
+        return Ok(TC_ACT_OK);
     }
     let source = sender(ctx, &work.packet)?;
     if flow::enabled() {
@@ -51,40 +53,39 @@ fn decide(ctx: &TcContext) -> Result<(DropReason, i32), DropReason> {
             return refuse(ctx, &work.packet, source);
         }
     }
-    if let Some(endpoint) = tables::endpoint(&work.packet.destination) {
-        if endpoint.flags & endpoint_flag::HOST != 0 {
-            return Ok((work.packet.outcome, TC_ACT_OK));
-        }
+    let endpoint = tables::endpoint(&work.packet.destination);
+    if let Some(endpoint) = endpoint
+        && endpoint.flags & endpoint_flag::HOST == 0
+    {
         if work.packet.outcome == DropReason::Forwarded && flow::enabled() {
             flow::backward(ctx, work)?;
         }
-        return Ok((work.packet.outcome, deliver::to_pod(ctx, endpoint)?));
+        return deliver::to_pod(ctx, endpoint);
     }
     if work.packet.outcome == DropReason::Forwarded && outside::enabled() {
         flow::backward(ctx, work)?;
         if work.packet.outcome != DropReason::Forwarded {
             // An answer to a client outside: it has the frontend's address, and no way through the stack.
             send::onward(ctx, work)?;
-            return Ok((work.packet.outcome, work.verdict));
+            return Ok(work.verdict);
         }
     }
-    match overlay::route(tables::ipcache(&work.packet.destination))? {
-        Route::Stack => Ok((work.packet.outcome, TC_ACT_OK)),
-        Route::Tunnel(entry) => {
-            let verdict = overlay::send(ctx, source.identity, &entry)?;
-            Ok((work.packet.outcome, verdict))
-        }
+    if endpoint.is_some() {
+        // The node itself.
+        return Ok(TC_ACT_OK);
     }
+    send::of_pod(ctx, work, source.identity)?;
+    Ok(work.verdict)
 }
 
 /// The answer to a packet whose frontend leads nowhere, back to the pod that sent it.
 #[inline(always)]
-fn refuse(ctx: &TcContext, packet: &Packet, source: &Endpoint) -> Result<(DropReason, i32), DropReason> {
+fn refuse(ctx: &TcContext, packet: &Packet, source: &Endpoint) -> Result<i32, DropReason> {
     if tables::has_feature(feature::NO_BACKEND_DROP) {
         return Err(packet.outcome);
     }
     answer::refuse(ctx, packet)?;
-    Ok((packet.outcome, deliver::to_pod(ctx, source)?))
+    deliver::to_pod(ctx, source)
 }
 
 /// The endpoint behind this veth pair, if the packet's source addresses are its own.

@@ -1,5 +1,5 @@
-//! Where a packet goes that was translated on its way from or to the outside: to a pod here, through the overlay, out of a device,
-//! or to the node's stack.
+//! Where a packet goes that was translated on its way from or to the outside, or that a pod sent: to a pod here, through the
+//! overlay, out of a device, or to the node's stack.
 //!
 //! A packet that carries one of the node's own addresses as its source must not go through the stack, which would take it
 //! for forged: it leaves through its device right here, and the kernel finds the neighbour's MAC address.
@@ -68,6 +68,16 @@ pub fn onward(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
         Route::Stack if !back => towards(ctx, work)?,
         Route::Stack if work.flow.ifindex != 0 => out_of(work.flow.ifindex)?,
         Route::Stack => TC_ACT_OK,
+    };
+    Ok(())
+}
+
+/// Decides about a pod's packet to nobody on this node: into the overlay as from `identity`, or to the stack.
+#[inline(never)]
+pub fn of_pod(ctx: &TcContext, work: &mut Work, identity: u32) -> Result<(), DropReason> {
+    work.verdict = match overlay::route(tables::ipcache(&work.packet.destination))? {
+        Route::Stack => TC_ACT_OK,
+        Route::Tunnel(entry) => overlay::send(ctx, identity, &entry)?,
     };
     Ok(())
 }

@@ -20,17 +20,37 @@ use crate::{
 /// back through the overlay.
 #[inline(always)]
 pub fn source_towards(backend: &Address) -> Result<Address, DropReason> {
-    let config = tables::config().ok_or(DropReason::NotConfigured)?;
-    let source = match (overlay::route(tables::ipcache(backend))?, is_ipv4_mapped(backend)) {
-        (Route::Tunnel(_), true) => config.router_ipv4,
-        (Route::Tunnel(_), false) => config.router_ipv6,
-        (Route::Stack, true) => config.node_ipv4,
-        (Route::Stack, false) => config.node_ipv6,
-    };
-    if source == [0; 16] {
-        return Err(DropReason::NotConfigured);
+    match overlay::route(tables::ipcache(backend))? {
+        Route::Tunnel(_) => router(backend),
+        Route::Stack => {
+            let config = tables::config().ok_or(DropReason::NotConfigured)?;
+            known(if is_ipv4_mapped(backend) {
+                config.node_ipv4
+            } else {
+                config.node_ipv6
+            })
+        }
     }
-    Ok(source)
+}
+
+/// The router's address of a backend's family.
+#[inline(always)]
+pub fn router(backend: &Address) -> Result<Address, DropReason> {
+    let config = tables::config().ok_or(DropReason::NotConfigured)?;
+    known(if is_ipv4_mapped(backend) {
+        config.router_ipv4
+    } else {
+        config.router_ipv6
+    })
+}
+
+#[inline(always)]
+fn known(address: Address) -> Result<Address, DropReason> {
+    if address == [0; 16] {
+        Err(DropReason::NotConfigured)
+    } else {
+        Ok(address)
+    }
 }
 
 /// Finds a port for the new flow in `work`, whose first entry stands there but for the port, and writes the other entry.

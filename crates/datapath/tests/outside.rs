@@ -31,6 +31,9 @@ use transport::{Ends, end, ends, fragments, read, read_quote, sctp, tcp, udp, ud
 /// A host-network pod of another node.
 const FAR_NODE: [&str; 2] = ["192.0.2.2:6443", "[2001:db8::2]:6443"];
 
+/// A port of the node in the pod network.
+const ROUTER_PORT: [&str; 2] = ["10.1.0.1:4240", "[fd01::1]:4240"];
+
 /// A frame of a protocol with ports.
 fn frame(proto: u8, mac: [u8; 6], ends: Ends) -> Vec<u8> {
     match proto {
@@ -137,6 +140,42 @@ fn a_process_of_the_node_is_a_backend_too() {
                     (out.ends.source.0, read_quote(&out)),
                     (end(BALANCER[family]).0, asked)
                 );
+            }
+        }
+    });
+}
+
+/// One client's port through two frontends to one pod: the pod sees the router the second time, and answers it.
+#[test]
+fn one_socket_through_two_frontends_reaches_one_pod_twice() {
+    Edge::check(|edge| {
+        let mut id = 0;
+        for proto in [PROTO_TCP, PROTO_UDP] {
+            for family in [0, 1] {
+                id += 2;
+                edge.service(id, NODE_PORT[family], proto, 0, &[LOCAL[family]]);
+                edge.service(id + 1, BALANCER[family], proto, 0, &[LOCAL[family]]);
+                let first = ends(CLIENT[family], NODE_PORT[family]);
+                let second = ends(CLIENT[family], BALANCER[family]);
+                let out = edge.comes(&frame(proto, OUTSIDER, first), REDIRECT, DropReason::Translated);
+                assert_eq!(read(&out).ends, ends(CLIENT[family], LOCAL[family]));
+                let out =
+                    read(&edge.comes(&frame(proto, OUTSIDER, second), REDIRECT, DropReason::Translated));
+                assert_eq!(
+                    (out.ends.source.0, out.macs),
+                    (address(ROUTER[family]), [OTHER, HOST])
+                );
+                for (answer, asked) in [
+                    (ends(LOCAL[family], CLIENT[family]), first),
+                    (out.ends.back(), second),
+                ] {
+                    let answer = frame(proto, OTHER, answer);
+                    let out = edge.node.expect(1, &answer, REDIRECT, DropReason::Translated);
+                    assert_eq!(read(&out).ends, asked.back());
+                }
+                // What else the pod tells the node is the node's.
+                let own = frame(proto, OTHER, ends(LOCAL[family], ROUTER_PORT[family]));
+                assert_eq!(edge.node.expect(1, &own, PASS, DropReason::Forwarded), own);
             }
         }
     });
