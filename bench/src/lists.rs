@@ -96,7 +96,11 @@ async fn measure(keys: usize) -> Result<Vec<Figure>> {
 
 /// Memory that our store takes for the keys: alone in a process, without the buffers in which a list arrives.
 fn store_kib(keys: usize) -> Result<f64> {
-    let history = HistoryLimits { len: 1, bytes: 1, age: HistoryLimits::AGE };
+    let history = HistoryLimits {
+        len: 1,
+        bytes: 1,
+        age: HistoryLimits::AGE,
+    };
     let mut store = Store::new(ClusterName::new("bench")?, 1, history, history);
     let list = Relist {
         cluster_id: 2,

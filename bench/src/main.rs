@@ -1,16 +1,25 @@
 //! Benchmarks beside a peer, in one run: `cargo xtask bench NAME [--json]`.
 
+mod cps;
 mod embedded;
 mod failover;
 mod fanout;
 mod figure;
 mod hostile;
+mod kubeproxy;
+mod lab;
+mod latency;
 mod lists;
 mod mapfill;
+mod memory;
 mod merge;
 mod mirror;
+mod process;
 mod reader;
 mod servers;
+mod services;
+mod update;
+mod writer;
 
 use std::process::ExitCode;
 
@@ -38,6 +47,9 @@ struct Args {
     /// Keys of `lists`.
     #[arg(long, default_value_t = 500_000)]
     keys: usize,
+    /// Services of `cps` at most.
+    #[arg(long, default_value_t = 50_000)]
+    services: u32,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -58,9 +70,25 @@ enum Name {
     Embedded,
     /// 50 clients list 500,000 keys in pages: throughput and the memory of what is listed (needs etcd).
     Lists,
+    /// New TCP connections a second among 1 to 50,000 services, beside kube-proxy's rules (needs root, nft, iptables).
+    Cps,
+    /// Round trips through a service, on a node and over VXLAN, beside the pod's own address (needs root).
+    Rr,
+    /// Throughput of the same (needs root).
+    Stream,
+    /// Writing 50,000 services, and one backend of them, beside kube-proxy's rules (needs root, nft, iptables).
+    Update,
+    /// Kernel and agent memory of 10,000 services, beside kube-proxy's rules (needs root, nft, iptables).
+    Memory,
 }
 
 fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let Some((first, rest)) = arguments.split_first()
+        && first == lab::load::ARGUMENT
+    {
+        return end(lab::load::main(rest));
+    }
     let args = Args::parse();
     let figures = match args.name {
         Name::Failover => failover::run(args.changes),
@@ -71,12 +99,18 @@ fn main() -> ExitCode {
         Name::Mirror => mirror::run(args.clusters),
         Name::Lists => lists::run(args.keys),
         Name::Embedded => embedded::run(),
+        Name::Cps => cps::run(args.services),
+        Name::Rr => latency::rr(),
+        Name::Stream => latency::stream(),
+        Name::Update => update::run(),
+        Name::Memory => memory::run(),
     };
-    match figures {
-        Ok(figures) => {
-            figures.iter().for_each(|figure| print(figure, args.json));
-            ExitCode::SUCCESS
-        }
+    end(figures.map(|figures| figures.iter().for_each(|figure| print(figure, args.json))))
+}
+
+fn end(outcome: anyhow::Result<()>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use isthmus_bpf_abi::{Backend, PROTO_TCP, ServiceKey, ServiceValue};
 use isthmus_mesh::{
     Ipcache, LoadBalancer, MaglevConfig, MapOp,
@@ -25,7 +25,7 @@ use isthmus_model::{
     ServiceName, ServicePort, ServiceType, SessionAffinity, Slice, SliceEndpoint, SlicePort,
 };
 
-use crate::figure::Figure;
+use crate::{figure::Figure, process::resident_bytes};
 
 const CLUSTERS: u16 = 200;
 const SERVICES: u16 = 500;
@@ -432,25 +432,4 @@ fn slice(id: u16, number: u16, part: usize, endpoints: std::ops::Range<usize>) -
         }],
         endpoints: endpoints.map(endpoint).collect(),
     })
-}
-
-/// Resident memory of this process. What the allocator keeps of freed memory counts: it is memory all the same.
-fn resident_bytes() -> Result<usize> {
-    let statm = std::fs::read_to_string("/proc/self/statm").context("/proc/self/statm")?;
-    let pages = statm
-        .split(' ')
-        .nth(1)
-        .context("/proc/self/statm has no second field")?;
-    Ok(pages.parse::<usize>().context("/proc/self/statm")? * page_bytes()?)
-}
-
-fn page_bytes() -> Result<usize> {
-    let auxv = std::fs::read("/proc/self/auxv").context("/proc/self/auxv")?;
-    let word = |bytes: &[u8]| bytes.try_into().map(usize::from_ne_bytes).unwrap_or(0);
-    const AT_PAGESZ: usize = 6;
-    auxv.chunks_exact(2 * size_of::<usize>())
-        .map(|entry| entry.split_at(size_of::<usize>()))
-        .find(|(key, _)| word(key) == AT_PAGESZ)
-        .map(|(_, value)| word(value))
-        .context("the kernel does not say how large a page is")
 }
