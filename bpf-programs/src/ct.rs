@@ -15,12 +15,12 @@ pub fn now() -> u32 {
 }
 
 /// Writes both entries of the new flow in `work`, which its first packet has begun: first the way back, so that no answer finds
-/// it missing.
+/// it missing. `SNAT` says whether the flow may need a port of the node.
 #[inline(always)]
-pub fn create(work: &mut Work, tcp_flags: u8) -> Result<(), DropReason> {
+pub fn create<const SNAT: bool>(work: &mut Work, tcp_flags: u8) -> Result<(), DropReason> {
     (work.flow.state, work.flow.flags) =
         ct_step(work.tuple.proto, work.flow.state, work.flow.flags, tcp_flags);
-    if work.flow.flags & ct_flag::SNAT != 0 {
+    if SNAT && work.flow.flags & ct_flag::SNAT != 0 {
         snat::claim(work)?;
     } else {
         ct_pair(&work.tuple, &work.flow, &mut work.pair_key, &mut work.pair);

@@ -48,10 +48,13 @@ pub fn is_for_frontend(ctx: &TcContext, work: &mut Work) -> Result<bool, DropRea
 
 /// Sends the packet of the flow in `work.tuple`, which is to a frontend, to the flow's backend. `work.packet.outcome` says what
 /// became of it; if that is a drop, its frontend leads nowhere and the sender should hear of it.
+///
+/// `OUTSIDE` says whether the packet comes from outside: what only those need is not in the programs of pods, so that the
+/// verifier does not walk it there.
 #[inline(never)]
-pub fn to_backend(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
+pub fn to_backend<const OUTSIDE: bool>(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
     let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;
-    if let Err(reason) = find_backend(work, tcp_flags) {
+    if let Err(reason) = find_backend::<OUTSIDE>(work, tcp_flags) {
         work.packet.outcome = reason;
         return Ok(());
     }
@@ -67,7 +70,7 @@ pub fn to_backend(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
         let loopback = loopback_of(&work.packet.source);
         replace_address(ctx, work, Side::Source, &loopback)?;
         work.packet.source = loopback;
-    } else if work.flow.flags & ct_flag::SNAT != 0 {
+    } else if OUTSIDE && work.flow.flags & ct_flag::SNAT != 0 {
         hide_client(ctx, work)?;
     }
     work.packet.outcome = DropReason::Translated;
@@ -166,13 +169,13 @@ fn replace_address(ctx: &TcContext, work: &mut Work, side: Side, new: &Address) 
 
 /// Fills in where the flow goes. The error says why nowhere.
 #[inline(always)]
-fn find_backend(work: &mut Work, tcp_flags: u8) -> Result<(), DropReason> {
+fn find_backend<const OUTSIDE: bool>(work: &mut Work, tcp_flags: u8) -> Result<(), DropReason> {
     match known(work, tcp_flags) {
         Standing::Stays => Ok(()),
         Standing::Over => Err(DropReason::BackendGone),
         Standing::MovesOn => {
-            choose(work)?;
-            ct::create(work, tcp_flags)
+            choose::<OUTSIDE>(work)?;
+            ct::create::<OUTSIDE>(work, tcp_flags)
         }
     }
 }
@@ -225,32 +228,32 @@ fn standing(known: &CtValue, proto: u8, tcp_flags: u8) -> Standing {
 /// Chooses a backend for a new flow. Not by chance but by the flow's own number: should its entry be evicted, it finds the
 /// same backend again for as long as the service does not change (with a Maglev table, mostly even then).
 #[inline(always)]
-fn choose(work: &mut Work) -> Result<(), DropReason> {
-    match choose_among(work, false) {
+fn choose<const OUTSIDE: bool>(work: &mut Work) -> Result<(), DropReason> {
+    match choose_among::<OUTSIDE>(work, false) {
         // Of two conversations between the same sockets the newer one has the answers; a client outside gets another port.
-        Err(DropReason::TupleInUse) if work.tuple.proto == PROTO_UDP || may_hide(work) => {
-            choose_among(work, true)
+        Err(DropReason::TupleInUse) if work.tuple.proto == PROTO_UDP || OUTSIDE && may_hide(work) => {
+            choose_among::<OUTSIDE>(work, true)
         }
         result => result,
     }
 }
 
-/// Whether the backends of the frontend may see the node instead of the client.
+/// Whether the backends of the frontend may see the node instead of the client outside.
 #[inline(always)]
 fn may_hide(work: &Work) -> bool {
-    work.outside != 0 && work.service_flags & service_flag::EXTERNAL_LOCAL == 0
+    work.service_flags & service_flag::EXTERNAL_LOCAL == 0
 }
 
 /// Chooses among the backends to which the client's ports are free, or among all.
 #[inline(never)]
-fn choose_among(work: &mut Work, all: bool) -> Result<(), DropReason> {
+fn choose_among<const OUTSIDE: bool>(work: &mut Work, all: bool) -> Result<(), DropReason> {
     let tuple = &work.tuple;
     let flow = &mut work.flow;
     let pair_key = &mut work.pair_key;
     let number = tuple_hash(tuple);
     flow.state = ct_state::OPENING;
     flow.last_seen = ct::now();
-    flow.ifindex = work.outside;
+    flow.ifindex = if OUTSIDE { work.outside } else { 0 };
     words::clear(&mut flow.peer_address);
     flow.peer_port = [0; 2];
     flow.pad = [0; 2];
@@ -262,20 +265,21 @@ fn choose_among(work: &mut Work, all: bool) -> Result<(), DropReason> {
         frontend: &mut work.frontend,
         client: &mut work.client,
         flow: Some(number),
-        outside: work.outside != 0,
+        outside: OUTSIDE,
     };
-    let usable = |backend_id, backend: &Backend| match take(tuple, flow, pair_key, backend, backend_id) {
-        Err(DropReason::TupleInUse) if all => Ok(()),
-        result => result,
-    };
+    let usable =
+        |backend_id, backend: &Backend| match take::<OUTSIDE>(tuple, flow, pair_key, backend, backend_id) {
+            Err(DropReason::TupleInUse) if all => Ok(()),
+            result => result,
+        };
     let found = select(&mut request, || number, usable);
     match found {
         Selection::Backend { service_id } => {
             work.flow.service_id = service_id;
-            if work.outside == 0 && work.flow.nat_address == work.tuple.source {
+            if !OUTSIDE && work.flow.nat_address == work.tuple.source {
                 work.flow.flags = ct_flag::HAIRPIN;
             }
-            if all && may_hide(work) && work.flow.flags == 0 {
+            if OUTSIDE && all && may_hide(work) && work.flow.flags == 0 {
                 work.flow.peer_address = snat::router(&work.flow.nat_address)?;
                 work.flow.flags = ct_flag::SNAT;
             }
@@ -289,7 +293,7 @@ fn choose_among(work: &mut Work, all: bool) -> Result<(), DropReason> {
 
 /// Lets the flow go to a backend, or says why it cannot.
 #[inline(never)]
-fn take(
+fn take<const OUTSIDE: bool>(
     tuple: &CtKey,
     flow: &mut CtValue,
     pair_key: &mut CtKey,
@@ -303,7 +307,7 @@ fn take(
     flow.nat_port = backend.port;
     flow.backend_id = backend_id;
     flow.flags = 0;
-    if flow.ifindex != 0 && tables::endpoint(&backend.address).is_none() {
+    if OUTSIDE && tables::endpoint(&backend.address).is_none() {
         // Answers of a backend elsewhere must come back through this node.
         flow.peer_address = snat::source_towards(&backend.address)?;
         flow.flags = ct_flag::SNAT;

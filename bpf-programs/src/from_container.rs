@@ -47,7 +47,7 @@ fn decide(ctx: &TcContext, work: &mut Work) -> Result<i32, DropReason> {
     let source = sender(ctx, &work.packet)?;
     if flow::enabled() {
         if flow::is_for_frontend(ctx, work)? {
-            flow::to_backend(ctx, work)?;
+            flow::to_backend::<false>(ctx, work)?;
         }
         if work.packet.outcome.is_drop() {
             return refuse(ctx, &work.packet, source);

@@ -44,7 +44,7 @@ fn decide(ctx: &TcContext) -> Result<(DropReason, i32), DropReason> {
         return STACK;
     }
     if outside::frontend(ctx, work)? {
-        flow::to_backend(ctx, work)?;
+        flow::to_backend::<true>(ctx, work)?;
     }
     if work.packet.outcome == DropReason::Forwarded {
         return STACK;

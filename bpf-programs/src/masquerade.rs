@@ -69,7 +69,7 @@ pub fn outbound(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
         return Ok(());
     }
     begin(work)?;
-    ct::create(work, tcp_flags)?;
+    ct::create::<true>(work, tcp_flags)?;
     hide(ctx, work)
 }
 

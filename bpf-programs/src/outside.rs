@@ -145,5 +145,5 @@ fn direct(work: &mut Work) -> Result<(), DropReason> {
     work.flow.backend_id = 0;
     work.flow.service_id = 0;
     work.flow.ifindex = work.outside;
-    ct::create(work, 0)
+    ct::create::<false>(work, 0)
 }
