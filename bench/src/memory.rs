@@ -123,7 +123,7 @@ fn rules(lab: &Lab, services: &Services) -> Result<Rules> {
     let inputs = nftables::inputs(services, SERVICES);
     rules.nftables = Some(charged(&for_nft, &namespaces[0], "nft -f -", &inputs)?);
     let inputs = [iptables::rules(services, SERVICES, 0..SERVICES)];
-    let command = format!("{} --noflush -w 5", iptables.command());
+    let command = format!("{} --noflush -w 60", iptables.command());
     rules.iptables = Some(charged(&for_iptables, &namespaces[1], &command, &inputs)?);
     Ok(rules)
 }

@@ -28,7 +28,7 @@ const MANY: u32 = 50_000;
 /// The best of so many installations counts: what disturbs one only ever slows it down.
 const ROUNDS: usize = 3;
 const CHANGES: usize = 2_000;
-const PEER_CHANGES: usize = 5;
+const PEER_CHANGES: usize = 3;
 
 /// Measures.
 pub fn run() -> Result<Vec<Figure>> {

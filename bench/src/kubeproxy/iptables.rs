@@ -104,7 +104,7 @@ impl Iptables {
     }
 
     fn restore(&self, input: &str) -> Result<Duration> {
-        feed(&self.namespace, &[self.restore, "--noflush", "-w", "5"], input)
+        feed(&self.namespace, &[self.restore, "--noflush", "-w", "60"], input)
     }
 }
 
