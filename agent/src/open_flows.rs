@@ -23,11 +23,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use isthmus_bpf_abi::PROTO_TCP;
 use isthmus_datapath::{
     Datapath,
     sock_diag::{self, Ended, Protocol, Walk},
 };
-use isthmus_mesh::loadbalancer::Departed;
+use isthmus_mesh::{
+    loadbalancer::{Departed, Verdict},
+    to_ip,
+};
 use isthmus_runtime::CancellationToken;
 use tokio::sync::Notify;
 
@@ -190,7 +194,14 @@ async fn walk(
     }
     let judged = rounds.read(move |facts, _| {
         let state = &facts.state;
-        let targets = selection.targets(|flow| state.lb().ends(flow));
+        let targets = selection.targets(|flow| match state.lb().verdict(flow) {
+            Verdict::GoesOn => false,
+            Verdict::Ends => true,
+            Verdict::Withdrawn => {
+                let (address, _, protocol) = flow.backend;
+                protocol != PROTO_TCP || !state.ipcache().is_endpoint(to_ip(&address))
+            }
+        });
         let pods = state
             .local()
             .endpoints()

@@ -220,6 +220,18 @@ impl Ipcache {
         }
     }
 
+    /// Whether a source names this very address as an endpoint's. Not: as a node's, in a longer range, or restored only.
+    pub fn is_endpoint(&self, address: IpAddr) -> bool {
+        let entry = |contribution: &Contribution| contribution.kind == Kind::Entry;
+        let prefix = Prefix::of_net(address.into());
+        let first = self
+            .entries
+            .find(&self.hasher, prefix)
+            .map(|at| &self.entries[at]);
+        first.is_some_and(|found| found.flags & GONE == 0 && entry(&found.first))
+            || self.more.get(&prefix).is_some_and(|more| more.iter().any(entry))
+    }
+
     /// Whether every cluster is known and listed in full: nothing restored is left that no source named.
     pub fn prune_ready(&self) -> bool {
         self.sync.all_complete()

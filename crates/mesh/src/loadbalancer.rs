@@ -47,7 +47,7 @@ use self::{
     zones::Zones,
 };
 pub use self::{
-    flows::{DEPARTED_MAX, Departed, Destination, Flow},
+    flows::{DEPARTED_MAX, Departed, Destination, Flow, Verdict},
     frontend::FrontendView,
     view::{BackendView, ServiceView, Stats, Unused},
 };

@@ -5,8 +5,11 @@
 //! verdict on any one flow ([`LoadBalancer::ends`]), by what is known at that moment.
 //!
 //! Rules, for a flow through a frontend to a backend:
-//! - Nobody names the backend any more, or it is unready, or of weight 0: the flow ends. (The pods of a node that died are
-//!   unready and no more than that, until they are evicted minutes later.)
+//! - The backend is unready, or of weight 0: the flow ends. (The pods of a node that died are unready and no more than that,
+//!   until they are evicted minutes later.)
+//! - Nobody names it any more: the flow ends, unless it is a connection to a pod that is still there: who takes a service back
+//!   from other clusters, or changes its selector, moves new connections and breaks none. Whether the pod is there is for the
+//!   caller to know ([`Verdict::Withdrawn`]).
 //! - Terminating, serving or not: it goes on. The backend ends it itself, or goes away.
 //! - Of a cluster that does not answer: it ends if another backend takes its place; as the last resort it goes on.
 //! - Otherwise it goes on, also where new connections go elsewhere (another tier, zone or affinity).
@@ -100,17 +103,30 @@ struct Standing {
     replaced: bool,
 }
 
+/// What becomes of an open flow.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Verdict {
+    /// It goes on.
+    GoesOn,
+    /// No source names its backend. It ends, unless it is a connection and its pod is still there.
+    Withdrawn,
+    /// It ends.
+    Ends,
+}
+
 /// The rules of the module.
-const fn ends(standing: Standing) -> bool {
+const fn verdict(standing: Standing) -> Verdict {
     if standing.restored || standing.in_rotation {
-        return false;
+        return Verdict::GoesOn;
     }
     if standing.quarantined && standing.replaced {
-        return true;
+        return Verdict::Ends;
     }
     match standing.class {
-        Some(Class::Active | Class::Terminating) => false,
-        None | Some(Class::Unusable) => !standing.terminating,
+        Some(Class::Active | Class::Terminating) => Verdict::GoesOn,
+        None | Some(Class::Unusable) if standing.terminating => Verdict::GoesOn,
+        None => Verdict::Withdrawn,
+        Some(Class::Unusable) => Verdict::Ends,
     }
 }
 
@@ -120,24 +136,31 @@ impl LoadBalancer {
         std::mem::take(&mut self.departed)
     }
 
-    /// Whether an open flow should end, by what the last drain knew.
+    /// Whether an open flow should end, by what the last drain knew, if its pod is gone.
     pub fn ends(&self, flow: &Flow) -> bool {
+        self.verdict(flow) != Verdict::GoesOn
+    }
+
+    /// What becomes of an open flow, by what the last drain knew.
+    pub fn verdict(&self, flow: &Flow) -> Verdict {
         let (address, port) = flow.frontend;
         let scopes = [SCOPE_EXTERNAL, SCOPE_INTERNAL].into_iter();
         let keys = scopes.map(|scope| (address, port, flow.backend.2, scope));
-        let mut frontends = keys
+        let frontends = keys
             .filter_map(|key| self.frontend_index.get(&key))
-            .map(|number| self.frontends[*number].group)
-            .peekable();
+            .map(|number| self.frontends[*number].group);
         // One that still leads there will do: which scope a socket asked in was not written down.
-        frontends.peek().is_some()
-            && frontends
-                .all(|group| group.is_some_and(|group| self.ends_in(&self.groups[group], &flow.backend)))
+        let verdicts = frontends.map(|group| {
+            group.map_or(Verdict::GoesOn, |group| {
+                self.verdict_in(&self.groups[group], &flow.backend)
+            })
+        });
+        verdicts.min().unwrap_or(Verdict::GoesOn)
     }
 
-    fn ends_in(&self, group: &Group, backend: &Destination) -> bool {
+    fn verdict_in(&self, group: &Group, backend: &Destination) -> Verdict {
         let Some(service) = group.service.filter(|_| group.filled && !group.dead) else {
-            return false;
+            return Verdict::GoesOn;
         };
         let key = (backend.0, backend.1);
         let found = group.candidates.find(&self.context.hasher, key);
@@ -152,7 +175,7 @@ impl LoadBalancer {
             in_rotation: candidate.is_some_and(|one| one.has_slot()),
             replaced: !group.slots.is_empty(),
         };
-        ends(standing)
+        verdict(standing)
     }
 
     /// Whether a slice that counts says so: candidates do not keep it of those that do not serve.
@@ -218,6 +241,10 @@ mod tests {
         }
     }
 
+    fn ends(standing: Standing) -> bool {
+        verdict(standing) != Verdict::GoesOn
+    }
+
     proptest! {
         #[test]
         fn what_is_used_or_not_known_to_be_gone_goes_on(standing in standing()) {
@@ -240,7 +267,9 @@ mod tests {
                 in_rotation: false,
                 ..standing
             };
-            prop_assert!(ends(gone));
+            let cut_off = gone.quarantined && gone.replaced;
+            let withdrawn = !unready && !cut_off;
+            prop_assert_eq!(verdict(gone), if withdrawn { Verdict::Withdrawn } else { Verdict::Ends });
         }
 
         #[test]
