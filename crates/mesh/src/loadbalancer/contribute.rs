@@ -51,7 +51,7 @@ pub(super) fn contribute(
                 if old_port != new_port {
                     apply((before.address, old_port), Change::Removed);
                     apply((after.address, new_port), Change::Added(view(after)));
-                } else if view(before) != view(after) {
+                } else if view(before) != view(after) || before.terminating() != after.terminating() {
                     apply((after.address, new_port), Change::Changed(view(after)));
                 }
                 left.next();

@@ -232,7 +232,9 @@ impl Group {
         if !same {
             candidate.set(CHANGED, true);
         }
-        if !same || ghost || was_held || unnamed || reshared {
+        // Of one that is of no use, what changed may be that it does not terminate any more, which is not kept here: its flows end.
+        let useless = matches!(view.class, Class::Unusable);
+        if !same || ghost || was_held || unnamed || reshared || useless {
             self.mark(at);
         }
         if starts {

@@ -352,6 +352,10 @@ proptest! {
         let mut own = vec![];
         for event in events.iter().chain([&Event::Drain]) {
             tables.act(event, &mut cache);
+            for at in 0..6 {
+                let named = tables.entries.keys().any(|(_, other)| *other == at);
+                prop_assert_eq!(cache.is_endpoint(host(at)), named, "{} after {:?}", host(at), event);
+            }
             if let Event::Node(1, 1, ips) = event {
                 own = ips.iter().map(|at| host(*at)).collect();
             }

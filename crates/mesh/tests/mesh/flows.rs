@@ -3,14 +3,18 @@
 use std::collections::BTreeSet;
 
 use isthmus_bpf_abi::{Address, PROTO_TCP, PROTO_UDP};
-use isthmus_mesh::{LoadBalancer, loadbalancer::Flow, to_address};
+use isthmus_mesh::{
+    LoadBalancer,
+    loadbalancer::{Flow, Verdict},
+    to_address,
+};
 use isthmus_model::SliceEndpoint;
 use proptest::{collection::vec, prelude::*};
 
 use crate::{
     events::{Event, cluster, frame, new_merge, slice, some_event, some_events, some_frame, sync},
     maps::Maps,
-    naive::{LOCAL, Tables, flow_ends, ip},
+    naive::{LOCAL, Tables, flow_verdict, ip},
     properties::drain,
 };
 
@@ -77,8 +81,9 @@ proptest! {
         drain(&mut merge, &mut maps);
         for flow in flows() {
             let (address, port, proto) = flow.backend;
-            let want = flow_ends(&tables, flow.frontend, proto, &(address, port));
-            prop_assert_eq!(merge.ends(&flow), want, "{:?}", flow);
+            let want = flow_verdict(&tables, flow.frontend, proto, &(address, port));
+            prop_assert_eq!(merge.verdict(&flow), want, "{:?}", flow);
+            prop_assert_eq!(merge.ends(&flow), want != Verdict::GoesOn);
         }
     }
 
@@ -142,6 +147,19 @@ impl World {
         assert_eq!(hosts(&|flow| left.contains(&flow.backend)), departed, "departed");
         assert_eq!(hosts(&|flow| self.merge.ends(flow)), ends, "ends");
     }
+}
+
+/// A new pod may get the address of one that terminated.
+#[test]
+fn who_terminates_no_more_and_is_unready_departs() {
+    let mut world = World::new();
+    let mut changed = endpoint(1);
+    (changed.ready, changed.serving, changed.terminating) = (false, false, true);
+    world.local(&[changed.clone(), endpoint(2)]);
+    world.check(&[1], &[4]);
+    changed.terminating = false;
+    world.local(&[changed, endpoint(2)]);
+    world.check(&[1], &[1, 4]);
 }
 
 fn endpoint(host: u8) -> SliceEndpoint {

@@ -8,7 +8,7 @@ use std::{
 use isthmus_bpf_abi::{
     Address, Backend, SCOPE_EXTERNAL, SCOPE_INTERNAL, ServiceKey, backend_state, service_flag,
 };
-use isthmus_mesh::to_address;
+use isthmus_mesh::{loadbalancer::Verdict, to_address};
 use isthmus_model::{
     Affinity, Algorithm, MinHealthy, Protocol, ServiceFrame, ServiceName, SessionAffinity, Slice,
     SliceEndpoint, TierCluster, TrafficPolicy,
@@ -197,45 +197,49 @@ pub fn expected(tables: &Tables) -> Expected {
     result
 }
 
-/// Whether an open flow through a frontend ends.
-pub fn flow_ends(tables: &Tables, (ip, port): (Address, u16), proto: u8, target: &Target) -> bool {
+/// What becomes of an open flow through a frontend.
+pub fn flow_verdict(tables: &Tables, (ip, port): (Address, u16), proto: u8, target: &Target) -> Verdict {
     let claims = claims(tables);
-    let mut found = [SCOPE_EXTERNAL, SCOPE_INTERNAL]
-        .into_iter()
-        .filter_map(|scope| {
-            let key = ServiceKey {
-                scope,
-                ..ServiceKey::frontend(ip, port, proto)
-            };
-            claims.get(&key)?.iter().min()
-        })
-        .peekable();
-    found.peek().is_some()
-        && found.all(|(_, (name, port_name, protocol, v4, node_only), _)| {
-            let frame = &tables.frames[&(LOCAL, (*name).clone())];
-            let said = named(tables, frame, port_name, *protocol, *v4, *node_only);
-            let known: BTreeMap<Target, Known> = said
-                .iter()
-                .map(|(key, known)| (*key, owner(known.clone())))
-                .collect();
-            let used = select(tables, frame, &known);
-            let lost = known
+    let found = [SCOPE_EXTERNAL, SCOPE_INTERNAL].into_iter().filter_map(|scope| {
+        let key = ServiceKey {
+            scope,
+            ..ServiceKey::frontend(ip, port, proto)
+        };
+        claims.get(&key)?.iter().min()
+    });
+    let verdicts = found.map(|(_, (name, port_name, protocol, v4, node_only), _)| {
+        let frame = &tables.frames[&(LOCAL, (*name).clone())];
+        let said = named(tables, frame, port_name, *protocol, *v4, *node_only);
+        let known: BTreeMap<Target, Known> = said
+            .iter()
+            .map(|(key, known)| (*key, owner(known.clone())))
+            .collect();
+        let used = select(tables, frame, &known);
+        let lost = known
+            .get(target)
+            .is_some_and(|known| tables.unhealthy.contains(&known.cluster));
+        if used.contains_key(target) {
+            Verdict::GoesOn
+        } else if lost && !used.is_empty() {
+            Verdict::Ends
+        } else {
+            let leaving = said
                 .get(target)
-                .is_some_and(|known| tables.unhealthy.contains(&known.cluster));
-            if used.contains_key(target) {
-                false
-            } else if lost && !used.is_empty() {
-                true
+                .is_some_and(|said| said.iter().any(|one| one.leaving));
+            let usable = known
+                .get(target)
+                .is_some_and(|known| known.active || known.terminating);
+            if usable || leaving {
+                Verdict::GoesOn
+            } else if said.contains_key(target) {
+                Verdict::Ends
             } else {
-                let leaving = said
-                    .get(target)
-                    .is_some_and(|said| said.iter().any(|one| one.leaving));
-                let usable = known
-                    .get(target)
-                    .is_some_and(|known| known.active || known.terminating);
-                !usable && !leaving
+                Verdict::Withdrawn
             }
-        })
+        }
+    });
+    // The gentlest of them.
+    verdicts.min().unwrap_or(Verdict::GoesOn)
 }
 
 fn candidates(
