@@ -130,6 +130,29 @@ impl Sandbox {
         }
     }
 
+    /// Makes a pod that only waits to be used, on `node` if one is named. Returns when it is ready.
+    pub async fn make_client(&self, cluster: &str, pod: &str, node: Option<&str>) -> anyhow::Result<()> {
+        let kubectl = self.kubectl(cluster);
+        kubectl.apply(&client_manifest(pod, node)).await?;
+        let ready = "--for=condition=Ready";
+        let wait = ["-n", NAMESPACE, "wait", "pod", pod, ready, "--timeout=60s"];
+        kubectl.run(&wait).await?;
+        Ok(())
+    }
+
+    /// Makes a service with `replicas` servers behind it, or changes it. Waits for nothing.
+    pub async fn make_service(
+        &self,
+        cluster: &str,
+        name: &str,
+        replicas: u32,
+        annotations: &[(&str, &str)],
+    ) -> anyhow::Result<()> {
+        let manifest = service_manifest(cluster, name, replicas, annotations)?;
+        self.kubectl(cluster).apply(&manifest).await?;
+        Ok(())
+    }
+
     /// The node that a pod runs on.
     pub async fn node_of(&self, cluster: &str, pod: &str) -> anyhow::Result<String> {
         self.kubectl(cluster)
@@ -188,11 +211,14 @@ impl Sandbox {
     }
 }
 
+/// Annotations of a service that spans the clusters.
+pub const GLOBAL: &[(&str, &str)] = &[("service.cilium.io/global", "true")];
+
 /// Namespace of the tests' objects.
 pub const NAMESPACE: &str = "test";
 
 /// A service with `annotations`, `replicas` servers behind it, in the tests' namespace. Dual-stack, TCP and UDP port 80.
-pub fn service_manifest(
+fn service_manifest(
     cluster: &str,
     name: &str,
     replicas: u32,
@@ -255,7 +281,7 @@ spec:
 }
 
 /// A pod that only waits to be used; `node` binds it.
-pub fn client_manifest(name: &str, node: Option<&str>) -> String {
+fn client_manifest(name: &str, node: Option<&str>) -> String {
     let node = node
         .map(|node| format!("\n  nodeName: {node}"))
         .unwrap_or_default();

@@ -3,21 +3,14 @@
 use std::process::Command;
 
 use anyhow::{Context, ensure};
-use isthmus_e2e::{NAMESPACE, PATIENCE, Sandbox, client_manifest, eventually, program, service_manifest};
+use isthmus_e2e::{GLOBAL, NAMESPACE, PATIENCE, Sandbox, eventually, program};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_commands_show_what_is_there() -> anyhow::Result<()> {
     let sandbox = Sandbox::up("e2e-cli", 2, 1).await?;
-    let global = [("service.cilium.io/global", "true")];
     for cluster in ["east", "west"] {
-        sandbox
-            .kubectl(cluster)
-            .apply(&service_manifest(cluster, "hello", 1, &global)?)
-            .await?;
-        sandbox
-            .kubectl(cluster)
-            .apply(&client_manifest("client", None))
-            .await?;
+        sandbox.make_service(cluster, "hello", 1, GLOBAL).await?;
+        sandbox.make_client(cluster, "client", None).await?;
     }
     eventually("west knows backends of both clusters", async || {
         let list = sandbox

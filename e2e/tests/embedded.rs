@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, ensure};
 use etcd_client::{Certificate, Client, ConnectOptions, GetOptions, Identity, TlsOptions};
-use isthmus_e2e::{NAMESPACE, PATIENCE, Sandbox, client_manifest, eventually, program, service_manifest};
+use isthmus_e2e::{GLOBAL, NAMESPACE, PATIENCE, Sandbox, eventually, program};
 use isthmus_sandbox::load::{Load, Style, Tally};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -14,24 +14,10 @@ async fn a_killed_api_server_with_an_embedded_store_loses_nothing() -> anyhow::R
     let components = sandbox.client().plan().components();
     let etcds = components.iter().filter(|part| part.name.ends_with("/etcd"));
     ensure!(etcds.count() == 0, "an etcd runs");
-    let global = [("service.cilium.io/global", "true")];
     for cluster in ["east", "west"] {
-        let kubectl = sandbox.kubectl(cluster);
-        kubectl.apply(&client_manifest("client", None)).await?;
-        kubectl
-            .apply(&service_manifest(cluster, "hello", 2, &global)?)
-            .await?;
+        sandbox.make_client(cluster, "client", None).await?;
+        sandbox.make_service(cluster, "hello", 2, GLOBAL).await?;
     }
-    let wait = [
-        "-n",
-        NAMESPACE,
-        "wait",
-        "pod",
-        "client",
-        "--for=condition=Ready",
-        "--timeout=60s",
-    ];
-    sandbox.kubectl("west").run(&wait).await?;
     let target = SocketAddr::new(sandbox.cluster_ip("west", "hello", 0).await?, 80);
     let asker = sandbox.asker("west", "client");
     let program = program("isthmus")?;

@@ -3,33 +3,16 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context, ensure};
-use isthmus_e2e::{NAMESPACE, PATIENCE, Sandbox, client_manifest, eventually, program, service_manifest};
+use isthmus_e2e::{GLOBAL, NAMESPACE, PATIENCE, Sandbox, eventually, program};
 use isthmus_sandbox::load::{Load, Style, Tally};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_fails_when_a_part_goes_away() -> anyhow::Result<()> {
     let sandbox = Sandbox::up("e2e-faults", 2, 1).await?;
-    let global = [("service.cilium.io/global", "true")];
     for cluster in ["east", "west"] {
-        sandbox
-            .kubectl(cluster)
-            .apply(&client_manifest("client", None))
-            .await?;
-        sandbox
-            .kubectl(cluster)
-            .apply(&service_manifest(cluster, "hello", 2, &global)?)
-            .await?;
+        sandbox.make_client(cluster, "client", None).await?;
+        sandbox.make_service(cluster, "hello", 2, GLOBAL).await?;
     }
-    let wait = [
-        "-n",
-        NAMESPACE,
-        "wait",
-        "pod",
-        "client",
-        "--for=condition=Ready",
-        "--timeout=60s",
-    ];
-    sandbox.kubectl("west").run(&wait).await?;
     let target = SocketAddr::new(sandbox.cluster_ip("west", "hello", 0).await?, 80);
     let asker = sandbox.asker("west", "client");
     let program = program("isthmus")?;

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context, ensure};
-use isthmus_e2e::{NAMESPACE, PATIENCE, Sandbox, client_manifest, program, service_manifest};
+use isthmus_e2e::{GLOBAL, NAMESPACE, PATIENCE, Sandbox, program};
 use isthmus_sandbox::load::{Load, Style, Tally};
 
 struct Scene {
@@ -49,36 +49,11 @@ impl Scene {
 async fn global_services_follow_the_merge_table() -> anyhow::Result<()> {
     let sandbox = Sandbox::up("e2e-global", 2, 2).await?;
     for (cluster, node) in [("east", "east-1"), ("west", "west-1")] {
-        sandbox
-            .kubectl(cluster)
-            .apply(&client_manifest("client", Some(node)))
-            .await?;
-        let global = [("service.cilium.io/global", "true")];
-        sandbox
-            .kubectl(cluster)
-            .apply(&service_manifest(cluster, "hello", 2, &global)?)
-            .await?;
-        sandbox
-            .kubectl(cluster)
-            .apply(&service_manifest(cluster, "plain", 1, &[])?)
-            .await?;
+        sandbox.make_client(cluster, "client", Some(node)).await?;
+        sandbox.make_service(cluster, "hello", 2, GLOBAL).await?;
+        sandbox.make_service(cluster, "plain", 1, &[]).await?;
         let old = [("io.cilium/global-service", "true")];
-        sandbox
-            .kubectl(cluster)
-            .apply(&service_manifest(cluster, "old", 1, &old)?)
-            .await?;
-    }
-    for cluster in ["east", "west"] {
-        let wait = [
-            "-n",
-            NAMESPACE,
-            "wait",
-            "pod",
-            "client",
-            "--for=condition=Ready",
-            "--timeout=60s",
-        ];
-        sandbox.kubectl(cluster).run(&wait).await?;
+        sandbox.make_service(cluster, "old", 1, &old).await?;
     }
     let scene = Scene { sandbox };
     both_families_and_protocols(&scene).await?;
@@ -261,12 +236,7 @@ async fn merge_table(scene: &Scene) -> anyhow::Result<()> {
     scene
         .expect("west", "hello", "the other service is deleted", &["west"])
         .await?;
-    let global = [("service.cilium.io/global", "true")];
-    scene
-        .sandbox
-        .kubectl("east")
-        .apply(&service_manifest("east", "hello", 2, &global)?)
-        .await?;
+    scene.sandbox.make_service("east", "hello", 2, GLOBAL).await?;
     scene.expect("west", "hello", "and back", &["east", "west"]).await
 }
 

@@ -3,7 +3,7 @@
 use std::{path::Path, process::Command};
 
 use anyhow::{Context, ensure};
-use isthmus_e2e::{NAMESPACE, Sandbox, client_manifest, eventually, run};
+use isthmus_e2e::{NAMESPACE, Sandbox, eventually, run};
 
 /// Everything of sandbox `index` and `name` that is left on the machine.
 fn leftovers(index: u8, name: &str) -> anyhow::Result<Vec<String>> {
@@ -47,20 +47,7 @@ async fn two_sandboxes_live_side_by_side_and_leave_nothing() -> anyhow::Result<(
     let indexes = [first.client().plan().index, second.client().plan().index];
     ensure!(indexes[0] != indexes[1], "both have index {}", indexes[0]);
     for sandbox in [&first, &second] {
-        sandbox
-            .kubectl("east")
-            .apply(&client_manifest("client", None))
-            .await?;
-        let wait = [
-            "-n",
-            NAMESPACE,
-            "wait",
-            "pod",
-            "client",
-            "--for=condition=Ready",
-            "--timeout=60s",
-        ];
-        sandbox.kubectl("east").run(&wait).await?;
+        sandbox.make_client("east", "client", None).await?;
     }
     drop(first);
     ensure!(
@@ -87,20 +74,7 @@ async fn two_sandboxes_live_side_by_side_and_leave_nothing() -> anyhow::Result<(
 async fn down_cleans_up_after_a_crash_of_the_supervisor() -> anyhow::Result<()> {
     let sandbox = Sandbox::up("e2e-crash", 1, 1).await?;
     let index = sandbox.client().plan().index;
-    sandbox
-        .kubectl("east")
-        .apply(&client_manifest("client", None))
-        .await?;
-    let wait = [
-        "-n",
-        NAMESPACE,
-        "wait",
-        "pod",
-        "client",
-        "--for=condition=Ready",
-        "--timeout=60s",
-    ];
-    sandbox.kubectl("east").run(&wait).await?;
+    sandbox.make_client("east", "client", None).await?;
     ensure!(
         !leftovers(index, "e2e-crash")?.is_empty(),
         "the check for leftovers finds nothing of a running sandbox"

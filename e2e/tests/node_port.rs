@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use isthmus_e2e::{NAMESPACE, PATIENCE, Sandbox, client_manifest, eventually, program, service_manifest};
+use isthmus_e2e::{GLOBAL, NAMESPACE, PATIENCE, Sandbox, eventually, program};
 use isthmus_sandbox::load::{Load, Style, Tally};
 
 const TIMEOUT: Option<Duration> = Some(Duration::from_secs(10));
@@ -48,12 +48,9 @@ fn clusters_behind(node: Ipv4Addr) -> anyhow::Result<BTreeSet<String>> {
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_outside_and_servers_outside() -> anyhow::Result<()> {
     let sandbox = Sandbox::up("e2e-outside", 2, 2).await?;
-    let global = [("service.cilium.io/global", "true")];
     for cluster in ["east", "west"] {
         let kubectl = sandbox.kubectl(cluster);
-        kubectl
-            .apply(&service_manifest(cluster, "hello", 2, &global)?)
-            .await?;
+        sandbox.make_service(cluster, "hello", 2, GLOBAL).await?;
         let ports = r#"{"spec": {"type": "NodePort", "ports": [
             {"name": "http", "port": 80, "targetPort": 8080, "nodePort": 30080},
             {"name": "ask", "port": 80, "targetPort": 8080, "nodePort": 30081, "protocol": "UDP"}]}}"#;
@@ -111,10 +108,7 @@ async fn pods_reach_a_server_outside(sandbox: &Sandbox, node: Ipv4Addr) -> anyho
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\noutside/server\n");
         }
     });
-    sandbox
-        .kubectl("east")
-        .apply(&client_manifest("client", Some("east-1")))
-        .await?;
+    sandbox.make_client("east", "client", Some("east-1")).await?;
     let asker = sandbox.asker("east", "client");
     let isthmus = program("isthmus")?;
     let load = eventually("the client runs", async || {

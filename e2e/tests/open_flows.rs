@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, process::Stdio, time::Duration};
 
 use anyhow::{Context, bail, ensure};
-use isthmus_e2e::{NAMESPACE, PATIENCE, Sandbox, client_manifest, eventually, program, service_manifest};
+use isthmus_e2e::{GLOBAL, NAMESPACE, PATIENCE, Sandbox, eventually, program};
 use isthmus_sandbox::workload::Answer;
 use tokio::{
     io::{AsyncBufReadExt, BufReader, Lines},
@@ -64,24 +64,10 @@ impl Client {
 #[tokio::test(flavor = "multi_thread")]
 async fn open_connections_leave_a_cluster_that_is_cut_off() -> anyhow::Result<()> {
     let sandbox = Sandbox::up("e2e-flows", 2, 1).await?;
-    let global = [("service.cilium.io/global", "true")];
     for cluster in ["east", "west"] {
-        let kubectl = sandbox.kubectl(cluster);
-        kubectl.apply(&client_manifest("client", None)).await?;
-        kubectl
-            .apply(&service_manifest(cluster, "hello", 1, &global)?)
-            .await?;
+        sandbox.make_client(cluster, "client", None).await?;
+        sandbox.make_service(cluster, "hello", 1, GLOBAL).await?;
     }
-    let wait = [
-        "-n",
-        NAMESPACE,
-        "wait",
-        "pod",
-        "client",
-        "--for=condition=Ready",
-        "--timeout=60s",
-    ];
-    sandbox.kubectl("east").run(&wait).await?;
     let target = SocketAddr::new(sandbox.cluster_ip("east", "hello", 0).await?, 80);
     let mut client = eventually("an open connection to west", async || {
         Client::of_west(&sandbox, target).await

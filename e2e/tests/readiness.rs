@@ -4,22 +4,15 @@
 use std::{net::SocketAddr, process::Command};
 
 use anyhow::{Context, ensure};
-use isthmus_e2e::{NAMESPACE, PATIENCE, Sandbox, client_manifest, eventually, program, service_manifest};
+use isthmus_e2e::{GLOBAL, NAMESPACE, PATIENCE, Sandbox, eventually, program};
 use isthmus_sandbox::load::{Load, Style, Tally};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_first_pod_of_a_new_node_reaches_remote_only_services() -> anyhow::Result<()> {
     let sandbox = Sandbox::up("e2e-join", 2, 2).await?;
-    let global = [("service.cilium.io/global", "true")];
-    sandbox
-        .kubectl("east")
-        .apply(&service_manifest("east", "far", 2, &global)?)
-        .await?;
+    sandbox.make_service("east", "far", 2, GLOBAL).await?;
     // The same service here, without a single server.
-    sandbox
-        .kubectl("west")
-        .apply(&service_manifest("west", "far", 0, &global)?)
-        .await?;
+    sandbox.make_service("west", "far", 0, GLOBAL).await?;
     let target = SocketAddr::new(sandbox.cluster_ip("west", "far", 0).await?, 80);
     let rollout = [
         "-n",
@@ -46,20 +39,7 @@ async fn the_first_pod_of_a_new_node_reaches_remote_only_services() -> anyhow::R
         sandbox.client().start("west-2/agent").await?;
         // The kubelet starts the pod as soon as the CNI plugin says that the node is ready, and not before.
         let pod = format!("first-{round}");
-        sandbox
-            .kubectl("west")
-            .apply(&client_manifest(&pod, Some("west-2")))
-            .await?;
-        let wait = [
-            "-n",
-            NAMESPACE,
-            "wait",
-            "pod",
-            &pod,
-            "--for=condition=Ready",
-            "--timeout=60s",
-        ];
-        sandbox.kubectl("west").run(&wait).await?;
+        sandbox.make_client("west", &pod, Some("west-2")).await?;
         let asker = sandbox.asker("west", &pod);
         let load = Load::start(
             sandbox.client(),
