@@ -1,7 +1,8 @@
 //! Ends the open flows of backends that left: sockets that reached them through a frontend get an error at once, and their
 //! owners connect anew, to a backend that is there.
 //!
-//! In: backends that may have left, once their round is in the maps ([`Inbox`]). Out: fewer sockets, and numbers. Which flows
+//! In: backends that may have left, once their round was brought to the maps ([`Inbox`]); what failed of it is tried again, and the
+//! later looks come after that. Out: fewer sockets, and numbers. Which flows
 //! end is decided by the merge (`isthmus_mesh::loadbalancer`), when to look by [`schedule`], and which sockets have those flows
 //! by [`selection`]; all of that is pure. Here is what is around it:
 //!
@@ -83,6 +84,7 @@ pub struct Support {
 /// Asks the kernel about the protocols that are wanted, and says what it cannot do. Blocks: it may load modules.
 pub fn probe(wanted: &[Protocol], metrics: &AgentMetrics) -> Support {
     let mut support = Support::default();
+    let mut lacking = Vec::new();
     for &protocol in wanted {
         let result = sock_diag::probe(protocol);
         let label = ProtocolLabel {
@@ -101,12 +103,15 @@ pub fn probe(wanted: &[Protocol], metrics: &AgentMetrics) -> Support {
                     error = why,
                     "open flows of backends that leave are not ended: their clients wait for a time-out"
                 );
-                support.lacking = Some(format!(
-                    "{} flows of backends that leave are not ended: {why}",
-                    protocol.name()
-                ));
+                lacking.push(format!("{}: {why}", protocol.name()));
             }
         }
+    }
+    if !lacking.is_empty() {
+        let lacking = lacking.join("; ");
+        support.lacking = Some(format!(
+            "open flows of backends that leave are not ended: {lacking}"
+        ));
     }
     support
 }
@@ -199,7 +204,7 @@ async fn walk(
             Verdict::Ends => true,
             Verdict::Withdrawn => {
                 let (address, _, protocol) = flow.backend;
-                protocol != PROTO_TCP || !state.ipcache().is_endpoint(to_ip(&address))
+                protocol != PROTO_TCP || !state.ipcache().knows(to_ip(&address))
             }
         });
         let pods = state

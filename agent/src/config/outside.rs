@@ -52,8 +52,9 @@ pub struct Outside {
 }
 
 impl OutsideArgs {
-    /// Prefixes in both flags together at most; half of what the map takes.
-    const PREFIXES_MAX: usize = 512;
+    /// Prefixes in both flags together at most: with the node's own, less than half of what the map takes, for others may take
+    /// their place before they go.
+    const PREFIXES_MAX: usize = 500;
 
     /// Checks every value.
     pub fn check(&self) -> Result<Outside, FlagError> {

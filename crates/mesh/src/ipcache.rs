@@ -220,16 +220,12 @@ impl Ipcache {
         }
     }
 
-    /// Whether a source names this very address as an endpoint's. Not: as a node's, in a longer range, or restored only.
-    pub fn is_endpoint(&self, address: IpAddr) -> bool {
-        let entry = |contribution: &Contribution| contribution.kind == Kind::Entry;
+    /// Whether this very address is known, an endpoint's or a node's: a source names it, or it was restored and no source has
+    /// left it out yet. Not: that it lies in a node's range.
+    pub fn knows(&self, address: IpAddr) -> bool {
         let prefix = Prefix::of_net(address.into());
-        let first = self
-            .entries
-            .find(&self.hasher, prefix)
-            .map(|at| &self.entries[at]);
-        first.is_some_and(|found| found.flags & GONE == 0 && entry(&found.first))
-            || self.more.get(&prefix).is_some_and(|more| more.iter().any(entry))
+        let found = self.entries.find(&self.hasher, prefix);
+        found.is_some_and(|at| self.entries[at].flags & GONE == 0) || self.restored.contains_key(&prefix)
     }
 
     /// Whether every cluster is known and listed in full: nothing restored is left that no source named.

@@ -2,14 +2,14 @@
 //! not wait for a time-out.
 //!
 //! In: the merge's own state. Out: [`Departed`], backends that may have left since the last call (it may name too many), and a
-//! verdict on any one flow ([`LoadBalancer::ends`]), by what is known at that moment.
+//! verdict on any one flow ([`LoadBalancer::verdict`]), by what is known at that moment.
 //!
 //! Rules, for a flow through a frontend to a backend:
 //! - The backend is unready, or of weight 0: the flow ends. (The pods of a node that died are unready and no more than that,
 //!   until they are evicted minutes later.)
-//! - Nobody names it any more: the flow ends, unless it is a connection to a pod that is still there: who takes a service back
-//!   from other clusters, or changes its selector, moves new connections and breaks none. Whether the pod is there is for the
-//!   caller to know ([`Verdict::Withdrawn`]).
+//! - Nobody names it any more: the flow ends, unless it is a connection to an address that is still a pod's or a node's: who
+//!   takes a service back from other clusters, or changes its selector, moves new connections and breaks none. What addresses
+//!   there are is for the caller to know ([`Verdict::Withdrawn`]); of those outside the mesh nobody does.
 //! - Terminating, serving or not: it goes on. The backend ends it itself, or goes away.
 //! - Of a cluster that does not answer: it ends if another backend takes its place; as the last resort it goes on.
 //! - Otherwise it goes on, also where new connections go elsewhere (another tier, zone or affinity).
@@ -108,7 +108,7 @@ struct Standing {
 pub enum Verdict {
     /// It goes on.
     GoesOn,
-    /// No source names its backend. It ends, unless it is a connection and its pod is still there.
+    /// No source names its backend. It ends, unless it is a connection and its backend's address is still there.
     Withdrawn,
     /// It ends.
     Ends,
@@ -134,11 +134,6 @@ impl LoadBalancer {
     /// Backends that may have left in the drains since the last call.
     pub fn take_departed(&mut self) -> Departed {
         std::mem::take(&mut self.departed)
-    }
-
-    /// Whether an open flow should end, by what the last drain knew, if its pod is gone.
-    pub fn ends(&self, flow: &Flow) -> bool {
-        self.verdict(flow) != Verdict::GoesOn
     }
 
     /// What becomes of an open flow, by what the last drain knew.

@@ -178,9 +178,11 @@ fn a_restored_entry_waits_for_its_cluster() {
     cache.restore(&dump);
     cache.upsert_entry(cluster(2), &entry("10.2.0.2/32", "", 131_101));
     assert_eq!(drain(&mut cache, &mut maps), 0, "named as it is in the map");
+    assert!(cache.knows(ip("10.2.0.1")) && cache.knows(ip("10.2.0.2")) && !cache.knows(ip("10.2.0.3")));
     sync(&mut cache, 1);
     assert_eq!(drain(&mut cache, &mut maps), 1);
     sync(&mut cache, 2);
+    assert!(!cache.knows(ip("10.2.0.1")), "its cluster has told all");
     assert_eq!(drain(&mut cache, &mut maps), 1);
     let left: Vec<_> = maps.ipcache.values().map(|value| value.identity).collect();
     assert_eq!(left, [131_101, 6], "a node's address may be any cluster's");
@@ -297,6 +299,15 @@ impl Tables {
         }
     }
 
+    /// An endpoint or a node has this address.
+    fn names(&self, address: std::net::IpAddr) -> bool {
+        let mut nodes = self
+            .nodes
+            .values()
+            .flat_map(|node| node.internal_ips.iter().chain(&node.router_ips));
+        self.entries.values().any(|entry| entry.prefix.addr() == address) || nodes.any(|ip| *ip == address)
+    }
+
     fn expected(&self, own: &[std::net::IpAddr]) -> BTreeMap<IpcacheKey, IpcacheValue> {
         let mut all: BTreeMap<IpcacheKey, IpcacheValue> = BTreeMap::new();
         for of in 1..4 {
@@ -353,8 +364,8 @@ proptest! {
         for event in events.iter().chain([&Event::Drain]) {
             tables.act(event, &mut cache);
             for at in 0..6 {
-                let named = tables.entries.keys().any(|(_, other)| *other == at);
-                prop_assert_eq!(cache.is_endpoint(host(at)), named, "{} after {:?}", host(at), event);
+                let (named, known) = (tables.names(host(at)), cache.knows(host(at)));
+                prop_assert!(if restart { known || !named } else { known == named }, "{} after {:?}", host(at), event);
             }
             if let Event::Node(1, 1, ips) = event {
                 own = ips.iter().map(|at| host(*at)).collect();
@@ -370,6 +381,9 @@ proptest! {
         cache.clusters_listed((1..4).map(cluster));
         (1..4).for_each(|of| sync(&mut cache, of));
         drain(&mut cache, &mut maps);
+        for at in 0..6 {
+            prop_assert_eq!(cache.knows(host(at)), tables.names(host(at)), "{} at the end", host(at));
+        }
         prop_assert_eq!(maps.ipcache, tables.expected(&own));
     }
 }
