@@ -74,8 +74,6 @@ struct Measured {
     burst_us: f64,
     rss_kib: f64,
     p99_ms: f64,
-    /// Deliveries that did not come.
-    lost: u64,
 }
 
 /// Measures with `watchers` watchers.
@@ -138,8 +136,6 @@ pub fn run(watchers: usize) -> Result<Vec<Figure>> {
         ),
         figure("rss_kib_per_watcher", "KiB", |of| of.rss_kib),
         figure("p99_ms", "ms", |of| of.p99_ms),
-        // Each watcher was seen to get every event once and in order; else there were no figures.
-        figure("lost", "events", |of| of.lost as f64),
     ])
 }
 
@@ -154,9 +150,7 @@ async fn measure(
     let tally = Arc::new(Tally::new());
     let mut connections = connect(certificates, address, watchers, &tally).await?;
     let client = etcd.client().await?;
-    let mut put = 0;
     let mut phase = async |load: Load| -> Result<f64> {
-        put += load.events;
         let (cpu, target) = (
             process.cpu_seconds()?,
             tally.delivered() + load.events * watchers as u64,
@@ -197,7 +191,6 @@ async fn measure(
         burst_us,
         rss_kib,
         p99_ms,
-        lost: put * watchers as u64 - tally.delivered(),
     })
 }
 

@@ -14,6 +14,7 @@ use std::{
     process::{Command, Stdio},
     sync::{Mutex, PoisonError},
     thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -57,7 +58,12 @@ impl Left {
             let _ = Command::new("ip").args(["netns", "delete", &name]).status();
         }
         for cgroup in std::mem::take(&mut self.cgroups) {
-            let _ = fs::remove_dir(cgroup);
+            // Who makes load may be in it still. Version 1 has no such file, and nobody of ours in it.
+            let _ = fs::write(cgroup.join("cgroup.kill"), "1");
+            let gone = Instant::now() + Duration::from_secs(2);
+            while cgroup.exists() && fs::remove_dir(&cgroup).is_err() && Instant::now() < gone {
+                thread::sleep(Duration::from_millis(10));
+            }
         }
     }
 }
@@ -282,7 +288,9 @@ fn remove_at_signals() -> Result<()> {
     signals.thread_block().context("blocking signals")?;
     thread::spawn(move || {
         if signals.wait().is_ok() {
-            left().remove();
+            // Held until the end, so that nobody adds anything.
+            let mut left = left();
+            left.remove();
             std::process::exit(EXIT_INTERRUPTED);
         }
     });

@@ -96,6 +96,8 @@ fn maps(tables: &Tables) -> Result<Vec<(&'static str, u64)>> {
         (tables.source_ranges.name(), tables.source_ranges.memory_bytes()),
         (tables.metrics.name(), tables.metrics.memory_bytes()),
         (tables.config.name(), tables.config.memory_bytes()),
+        (tables.devices.name(), tables.devices.memory_bytes()),
+        (tables.no_masquerade.name(), tables.no_masquerade.memory_bytes()),
     ];
     maps.into_iter()
         .map(|(name, bytes)| Ok((name, bytes.with_context(|| name)?)))

@@ -66,6 +66,9 @@ COMMIT
 COMMIT
 ";
 
+/// Endpoints beyond which kube-proxy takes a cluster for a large one.
+const LARGE: usize = 1_000;
+
 /// The rules of one namespace.
 pub struct Iptables {
     namespace: String,
@@ -148,13 +151,19 @@ pub fn rules(services: &Services, count: u32, with_chains: std::ops::Range<u32>)
             ),
         );
     }
+    let large = count as usize * services.backends > LARGE;
     for number in with_chains {
-        chains(&mut text, services, number);
+        chains(&mut text, services, number, large);
     }
     text + NODE_PORTS
 }
 
-fn chains(text: &mut String, services: &Services, number: u32) {
+/// A service's chains. In a `large` cluster kube-proxy leaves out the comments of a rule for each endpoint.
+fn chains(text: &mut String, services: &Services, number: u32, large: bool) {
+    let comment = |words: String| match large {
+        true => String::new(),
+        false => format!("-m comment --comment {words} "),
+    };
     let (name, ip) = (port_name(number), Services::frontend(number));
     let ip = ip.ip();
     let chain = service_chain(number);
@@ -177,7 +186,10 @@ fn chains(text: &mut String, services: &Services, number: u32) {
         };
         line(
             text,
-            format_args!("-A {chain} -m comment --comment \"{name} -> {target}\" {chance}-j {endpoint}"),
+            format_args!(
+                "-A {chain} {}{chance}-j {endpoint}",
+                comment(format!("\"{name} -> {target}\""))
+            ),
         );
     }
     for target in targets {
@@ -185,12 +197,13 @@ fn chains(text: &mut String, services: &Services, number: u32) {
         let ip = target.ip();
         line(
             text,
-            format_args!("-A {endpoint} -m comment --comment {name} -s {ip} -j KUBE-MARK-MASQ"),
+            format_args!("-A {endpoint} {}-s {ip} -j KUBE-MARK-MASQ", comment(name.clone())),
         );
         line(
             text,
             format_args!(
-                "-A {endpoint} -m comment --comment {name} -m tcp -p tcp -j DNAT --to-destination {target}"
+                "-A {endpoint} {}-m tcp -p tcp -j DNAT --to-destination {target}",
+                comment(name.clone())
             ),
         );
     }
@@ -238,6 +251,16 @@ mod tests {
             ),
         ] {
             assert!(text.contains(&expected), "{expected}");
+        }
+    }
+
+    #[test]
+    fn a_large_cluster_has_no_comments_of_endpoints() {
+        for (count, comments) in [(200, 200 * 2 + 200 * 5 * 3), (201, 201 * 2)] {
+            let text = rules(&Services::absent(5), count, 0..count);
+            let of_services =
+                text.matches("--comment \"bench/").count() + text.matches("--comment bench/").count();
+            assert_eq!(of_services, comments as usize, "{count} services");
         }
     }
 
