@@ -229,7 +229,8 @@ impl Task {
             self.deferred = Some(ask);
             return;
         }
-        // Who asked and went away needs no answer.
+        // Leases are kept and shown also while the disk is lost: none of them ends then, and who keeps one must not be told that
+        // it has none. Who asked and went away needs no answer.
         match ask {
             Ask::Do(command, reply) => {
                 let result = match &self.lost {

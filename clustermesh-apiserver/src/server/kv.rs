@@ -241,10 +241,14 @@ impl kv_server::Kv for Kv {
             return write::put(&self.0, request).await;
         };
         let command = Command::Put(request.into_inner());
-        match self.lock_write(&peer, face, locks, &command, &mut self.txn_budget())? {
-            Answer::Put(response) => Ok(Response::new(response)),
-            _ => Err(errors::mismatch()),
-        }
+        // Who takes a lock waits for no turn, and pays.
+        let mut budget = self.txn_budget();
+        let answer = match self.lock_write(&peer, face, locks, &command, &mut budget) {
+            Ok(Answer::Put(response)) => Ok(response),
+            Ok(_) => Err(errors::mismatch()),
+            Err(status) => Err(status),
+        };
+        self.deliver(&peer, &budget, answer).await
     }
 
     async fn delete_range(

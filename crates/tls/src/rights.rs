@@ -1,6 +1,7 @@
 //! What a peer may read, by the common name of its certificate. Pure.
 //!
-//! The names and ranges are Cilium's (`pkg/kvstore/etcdinit`), with Isthmus' own prefixes beside them. Nobody may write.
+//! The names and ranges are Cilium's (`pkg/kvstore/etcdinit`), with Isthmus' own prefixes beside them. They give no right to write: that is the
+//! store's affair (embedded, locks).
 //! A request is allowed if its whole range lies inside the union of the granted ranges: the rule of etcd, for Range and Watch.
 
 /// A half-open range of keys.
