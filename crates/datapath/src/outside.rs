@@ -271,7 +271,7 @@ pub fn snat_ports(local: &RangeInclusive<u16>) -> (RangeInclusive<u16>, bool) {
         }
         next = next.max(range.end() + 1);
     }
-    if best.end() - best.start() >= ENOUGH {
+    if best.end() - best.start() + 1 >= ENOUGH {
         (best, true)
     } else {
         (NODE_PORTS.end() + 1..=u16::MAX, false)
@@ -391,6 +391,11 @@ mod tests {
             // Nothing to speak of.
             (1_024..=65_535, 32_768..=65_535, false),
             (1_024..=64_999, 32_768..=65_535, false),
+            // Just enough, and one too few.
+            (1_024..=63_487, 63_488..=65_535, true),
+            (3_072..=65_535, 1_024..=3_071, true),
+            (1_024..=63_488, 32_768..=65_535, false),
+            (3_071..=65_535, 32_768..=65_535, false),
         ];
         for (local, ports, apart) in rows {
             assert_eq!(snat_ports(&local), (ports, apart), "{local:?}");
