@@ -89,6 +89,8 @@ fn refresh_pair(work: &mut Work) -> u32 {
             }
             // Else the client has begun another flow with these ports, which owns the entry now.
         },
+        // A port of the node belongs to who adds its entry first: if that is another flow meanwhile, the next touch finds it.
+        None if work.flow.flags & ct_flag::SNAT != 0 => drop(tables::add_flow(&work.pair_key, &work.pair)),
         // Without memory for it the next second tries again.
         None => drop(tables::put_flow(&work.pair_key, &work.pair)),
     }
