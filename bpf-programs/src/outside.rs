@@ -5,7 +5,7 @@
 
 use aya_ebpf::programs::TcContext;
 use isthmus_bpf_abi::{
-    DropReason, PROTO_UDP, SCOPE_INTERNAL, ServiceKey, ct_flag, ct_state, feature, service_flag,
+    DropReason, PROTO_TCP, PROTO_UDP, SCOPE_INTERNAL, ServiceKey, ct_flag, ct_state, feature, service_flag,
 };
 
 use crate::{ct, flow, icmp, l4, masquerade, parse::Fragment, tables, words, work::Work};
@@ -128,7 +128,8 @@ fn is_tunnel(ctx: &TcContext, work: &Work) -> Result<bool, DropReason> {
 /// A connection needs no note, for its answers show that they are none of its first packets.
 #[inline(always)]
 fn direct(work: &mut Work) -> Result<(), DropReason> {
-    if work.tuple.proto != PROTO_UDP
+    if work.tuple.proto == PROTO_TCP
+        || !l4::has_ports(work.tuple.proto)
         || tables::endpoint(&work.tuple.destination).is_none_or(|endpoint| endpoint.ifindex == 0)
         || !masquerade::hides_from(&work.tuple.source, work.packet.ipv4)
     {

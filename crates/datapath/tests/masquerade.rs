@@ -241,6 +241,10 @@ fn answers_of_pods_to_who_reached_them_directly_keep_their_source() {
                 answer[14..]
             );
             assert_eq!(edge.comes(&question, PASS, DropReason::Forwarded), question);
+            let question = sctp(OUTSIDER, asked);
+            assert_eq!(edge.comes(&question, PASS, DropReason::Forwarded), question);
+            let answer = sctp(HOST, asked.back());
+            assert_eq!(edge.leaves(&answer, PASS, DropReason::Forwarded), answer);
             for flags in [TCP_SYN | TCP_ACK, TCP_ACK] {
                 let answer = tcp(HOST, asked.back(), flags, b"");
                 assert_eq!(edge.leaves(&answer, PASS, DropReason::Forwarded), answer);
