@@ -57,6 +57,10 @@ pub fn frontend(ctx: &TcContext, work: &mut Work) -> Result<bool, DropReason> {
         }
         return Ok(false);
     }
+    if tables::endpoint(&work.tuple.source).is_some() {
+        // Who is on this node asks by another way: the source is forged.
+        return Err(DropReason::InvalidSource);
+    }
     if service.flags & service_flag::SOURCE_RANGES != 0
         && !tables::may_ask(service.service_id, &work.tuple.source)
     {

@@ -58,10 +58,11 @@ pub fn onward(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
     let route = overlay::route(tables::ipcache(&work.packet.destination))?;
     work.verdict = match route {
         Route::Tunnel(entry) => {
+            // What comes from outside has a source that nobody vouches for.
             let identity = if back {
                 overlay::node_identity()
             } else {
-                tables::ipcache(&work.tuple.source).map_or(IDENTITY_WORLD, |entry| entry.identity)
+                IDENTITY_WORLD
             };
             overlay::send(ctx, identity, &entry)?
         }

@@ -11,9 +11,10 @@ use std::{
 };
 
 use isthmus_bpf_abi::{
-    PROTO_TCP, PROTO_UDP, PrefixKey, ServiceKey, ServiceValue, backend_state, service_flag,
+    IDENTITY_REMOTE_NODE, IDENTITY_WORLD, IpcacheKey, IpcacheValue, PROTO_TCP, PROTO_UDP, PrefixKey,
+    ServiceKey, ServiceValue, backend_state, service_flag,
 };
-use isthmus_datapath::{Datapath, DatapathConfig, MapOp, PacketHook, links, outside};
+use isthmus_datapath::{Datapath, DatapathConfig, MapOp, PacketHook, device, links, outside};
 
 #[path = "support/lab.rs"]
 mod lab;
@@ -210,6 +211,29 @@ fn a_process_of_any_node_is_a_backend_for_clients_outside() {
     });
 }
 
+/// Nobody vouches for the source of what comes from outside, whatever the ipcache says of that address.
+#[test]
+fn a_client_outside_has_no_identity_in_the_overlay() {
+    check(&[], |one, two, world| {
+        let key = IpcacheKey::host(&address(CLIENT[0]));
+        let tables = one.datapath.tables();
+        tables
+            .ipcache
+            .put(&key, &IpcacheValue::direct(131_099, 0))
+            .unwrap();
+        expose(&one.datapath, 1, BALANCER[0], 0, &[(1, THERE[0])]);
+        // In the tunnel's place: what arrives there.
+        run(&["ip", "-n", &two.namespace, "link", "delete", device::VXLAN_NAME]);
+        let tunnel = in_namespace(&two.namespace, || UdpSocket::bind("192.0.2.2:8472").unwrap());
+        tunnel.set_read_timeout(TIMEOUT).unwrap();
+        in_namespace(world, || udp_to(BALANCER[0]).send(b"?").unwrap());
+        let mut packet = [0; 2_048];
+        tunnel.recv(&mut packet).unwrap();
+        let vni = u32::from_be_bytes([0, packet[4], packet[5], packet[6]]);
+        assert_eq!(vni, IDENTITY_WORLD);
+    });
+}
+
 /// The pod's own node knows no such service: it asks a node port over the nodes' network, without being masqueraded.
 #[test]
 fn a_pod_reaches_another_nodes_port() {
@@ -217,8 +241,8 @@ fn a_pod_reaches_another_nodes_port() {
         in_namespace(&two.namespace, || {
             // What the ipcache says of nodes: they are of the mesh.
             for text in ["192.0.2.1", "2001:db8::1"] {
-                let key = isthmus_bpf_abi::IpcacheKey::host(&address(text));
-                let value = isthmus_bpf_abi::IpcacheValue::direct(isthmus_bpf_abi::IDENTITY_REMOTE_NODE, 0);
+                let key = IpcacheKey::host(&address(text));
+                let value = IpcacheValue::direct(IDENTITY_REMOTE_NODE, 0);
                 two.datapath.tables().ipcache.put(&key, &value).unwrap();
             }
         });

@@ -88,6 +88,38 @@ fn only_sources_in_a_services_ranges_may_ask_it_from_outside() {
     });
 }
 
+/// Pods and processes of this node never come from outside.
+#[test]
+fn nobody_outside_speaks_for_who_is_on_this_node() {
+    Edge::check(|edge| {
+        for family in [0, 1] {
+            let id = 1 + 2 * family as u32;
+            edge.service(id, NODE_PORT[family], PROTO_TCP, 0, &[LOCAL[family]]);
+            edge.service(id + 1, BALANCER[family], PROTO_TCP, 0, &[REMOTE[family]]);
+            let forged = [
+                [
+                    "10.1.0.5:1000",
+                    "10.1.0.6:1000",
+                    "10.1.0.1:1000",
+                    "192.0.2.1:1000",
+                ],
+                [
+                    "[fd01::5]:1000",
+                    "[fd01::6]:1000",
+                    "[fd01::1]:1000",
+                    "[2001:db8::1]:1000",
+                ],
+            ];
+            for from in forged[family] {
+                for vip in [NODE_PORT[family], BALANCER[family]] {
+                    edge.comes(&syn(from, vip), DROP, DropReason::InvalidSource);
+                    assert_eq!(edge.flow(ends(from, vip), PROTO_TCP), None);
+                }
+            }
+        }
+    });
+}
+
 #[test]
 fn cluster_ips_are_not_for_the_outside() {
     Edge::check(|edge| {
