@@ -10,7 +10,7 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use isthmus_bpf_abi::{Address, Direction, DropReason, endpoint_flag};
+use isthmus_bpf_abi::{Address, Direction, DropReason, IDENTITY_HOST, IDENTITY_REMOTE_NODE, endpoint_flag};
 
 use crate::{
     deliver, flow,
@@ -37,7 +37,8 @@ fn isthmus_from_overlay(ctx: TcContext) -> i32 {
 #[inline(always)]
 fn decide(ctx: &TcContext) -> Result<(DropReason, i32), DropReason> {
     // A VNI has 24 bits, so every other number is a cluster's identity or a reserved one.
-    if overlay::vni(ctx).ok_or(DropReason::NoTunnelKey)? == 0 {
+    let identity = overlay::vni(ctx).ok_or(DropReason::NoTunnelKey)?;
+    if identity == 0 {
         return Err(DropReason::InvalidVni);
     }
     let work = tables::work()?;
@@ -58,6 +59,10 @@ fn decide(ctx: &TcContext) -> Result<(DropReason, i32), DropReason> {
         Some(endpoint) if endpoint.flags & endpoint_flag::HOST == 0 => {
             if flow::enabled() {
                 flow::backward(ctx, work)?;
+            }
+            let is_node = matches!(identity, IDENTITY_HOST | IDENTITY_REMOTE_NODE);
+            if is_node && work.packet.outcome == DropReason::Forwarded && outside::enabled() {
+                outside::from_other_node(ctx, work)?;
             }
             return Ok((work.packet.outcome, deliver::to_pod(ctx, endpoint)?));
         }

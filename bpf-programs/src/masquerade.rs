@@ -1,13 +1,10 @@
 //! Masquerading: what a pod sends out of the mesh leaves with an address of the node, for nobody outside knows the way to pods.
 //!
-//! Not masqueraded are packets to addresses that the mesh knows, to prefixes that the agent has excluded, and answers of pods to
-//! who reached them directly from outside.
+//! Not masqueraded are packets to who knows the way to pods (not other nodes: they know it through the overlay alone), to prefixes
+//! that the agent has excluded, and answers of pods to who reached them directly.
 
 use aya_ebpf::programs::TcContext;
-use isthmus_bpf_abi::{
-    Address, DropReason, IDENTITY_WORLD, PROTO_TCP, TCP_ACK, TCP_SYN, ct_flag, ct_state, feature,
-    ipcache_flag,
-};
+use isthmus_bpf_abi::{Address, DropReason, PROTO_TCP, TCP_ACK, TCP_SYN, ct_flag, ct_state, feature};
 
 use crate::{ct, flow, icmp, l4, parse::Fragment, tables, words, work::Work};
 
@@ -22,10 +19,8 @@ pub fn hides_from(address: &Address, ipv4: bool) -> bool {
     if !tables::has_feature(wanted) {
         return false;
     }
-    let in_mesh = tables::ipcache(address).is_some_and(|entry| {
-        entry.identity != IDENTITY_WORLD || entry.flags & ipcache_flag::HAS_TUNNEL_ENDPOINT != 0
-    });
-    !in_mesh && !tables::keeps_source(address)
+    let knows_pods = tables::ipcache(address).is_some_and(|entry| entry.knows_pods());
+    !knows_pods && !tables::keeps_source(address)
 }
 
 /// A packet of a pod that leaves through a device to the outside. `work.packet.outcome` says whether it was translated.

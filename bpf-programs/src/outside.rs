@@ -109,6 +109,24 @@ pub fn returning(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
     flow::come_back(ctx, work, entry)
 }
 
+/// A packet to a pod that another node itself sent through the overlay: the pod's answer may go another way, and must not be
+/// masqueraded there.
+#[inline(never)]
+pub fn from_other_node(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
+    if !l4::tuple(ctx, &work.packet, &mut work.tuple)? {
+        return Ok(());
+    }
+    let Some(entry) = tables::flow(&work.tuple) else {
+        return direct(work);
+    };
+    words::copy_flow(entry, &mut work.flow);
+    if work.flow.flags & ct_flag::REVERSE == 0 && work.flow.service_id == 0 {
+        let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;
+        ct::touch(work, entry, tcp_flags);
+    }
+    Ok(())
+}
+
 /// A packet that a process of the node sends outside: if it answers a client that asked a frontend, it seems to come from there.
 #[inline(never)]
 pub fn from_node(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
@@ -128,7 +146,7 @@ fn is_tunnel(ctx: &TcContext, work: &Work) -> Result<bool, DropReason> {
     Ok(l4::destination_port(ctx, &work.packet)? == port.to_be_bytes())
 }
 
-/// A packet to a pod, routed here from outside. Its flow is noted if the pod's answers would be masqueraded: these must not be.
+/// A packet to a pod, routed here from outside or sent by another node. Its flow is noted if the pod's answers would be masqueraded: these must not be.
 /// A connection needs no note, for its answers show that they are none of its first packets.
 #[inline(always)]
 fn direct(work: &mut Work) -> Result<(), DropReason> {

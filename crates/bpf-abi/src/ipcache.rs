@@ -151,4 +151,18 @@ impl IpcacheValue {
             flags: flags | ipcache_flag::HAS_TUNNEL_ENDPOINT | family,
         }
     }
+
+    /// Whether who is there knows the way to pods: pods do, and whoever is reached through the overlay. Nodes, which are
+    /// reached without it, know it only through the overlay, and drop what has a pod's address and came another way.
+    #[inline(always)]
+    pub const fn knows_pods(&self) -> bool {
+        self.flags & ipcache_flag::HAS_TUNNEL_ENDPOINT != 0
+            || !matches!(
+                self.identity,
+                crate::IDENTITY_HOST
+                    | crate::IDENTITY_WORLD
+                    | crate::IDENTITY_REMOTE_NODE
+                    | crate::IDENTITY_KUBE_APISERVER
+            )
+    }
 }

@@ -61,10 +61,14 @@ pub const PROTO_ICMP: u8 = 1;
 /// IANA protocol number of ICMPv6.
 pub const PROTO_ICMPV6: u8 = 58;
 
+/// Security identity of the node itself (`reserved:host`).
+pub const IDENTITY_HOST: u32 = 1;
 /// Security identity of whatever is outside the mesh (`reserved:world`).
 pub const IDENTITY_WORLD: u32 = 2;
 /// Security identity of traffic that a node itself sends to another node (`reserved:remote-node`).
 pub const IDENTITY_REMOTE_NODE: u32 = 6;
+/// Security identity of the API server of Kubernetes (`reserved:kube-apiserver`).
+pub const IDENTITY_KUBE_APISERVER: u32 = 7;
 /// Largest number that fits the 24 bits of a VXLAN network identifier.
 pub const VNI_MAX: u32 = 0x00ff_ffff;
 

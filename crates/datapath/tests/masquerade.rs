@@ -2,8 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
 use isthmus_bpf_abi::{
-    Device, DropReason, IDENTITY_REMOTE_NODE, IDENTITY_WORLD, IpcacheKey, IpcacheValue, PROTO_ICMP,
-    PROTO_ICMPV6, PROTO_SCTP, PROTO_TCP, PROTO_UDP, PrefixKey, TCP_ACK, TCP_SYN, ct_flag, feature,
+    Device, DropReason, IDENTITY_KUBE_APISERVER, IDENTITY_REMOTE_NODE, IDENTITY_WORLD, IpcacheKey,
+    IpcacheValue, PROTO_ICMP, PROTO_ICMPV6, PROTO_SCTP, PROTO_TCP, PROTO_UDP, PrefixKey, TCP_ACK, TCP_SYN,
+    ct_flag, feature,
 };
 use isthmus_datapath::{MapOp, PacketHook};
 
@@ -171,6 +172,22 @@ fn what_stays_in_the_mesh_or_is_excluded_keeps_its_source() {
                 IpcacheValue::direct(IDENTITY_REMOTE_NODE, 0),
             ),
             MapOp::IpcachePut(
+                IpcacheKey::ipv4([192, 0, 2, 10], 32),
+                IpcacheValue::direct(IDENTITY_KUBE_APISERVER, 0),
+            ),
+            MapOp::IpcachePut(
+                IpcacheKey::ipv4([192, 0, 2, 11], 32),
+                IpcacheValue::tunnel(IDENTITY_REMOTE_NODE, address("192.0.2.9"), 0, 0),
+            ),
+            MapOp::IpcachePut(
+                IpcacheKey::ipv4([10, 3, 9, 9], 32),
+                IpcacheValue::direct(IDENTITY_REMOTE_NODE, 0),
+            ),
+            MapOp::IpcachePut(
+                IpcacheKey::ipv6(address("2001:db8::9"), 128),
+                IpcacheValue::direct(IDENTITY_REMOTE_NODE, 0),
+            ),
+            MapOp::IpcachePut(
                 IpcacheKey::ipv4([10, 2, 9, 0], 24),
                 IpcacheValue::direct(131_073, 0),
             ),
@@ -186,7 +203,12 @@ fn what_stays_in_the_mesh_or_is_excluded_keeps_its_source() {
         let excluded = [prefix("10.0.0.0", 96 + 8), prefix("2001:db8:77::", 48)].into();
         tables.set_no_masquerade(&excluded).unwrap();
         for (to, hidden) in [
-            ("192.0.2.9:80", false),
+            // Nodes, one of them behind a tunnel, and one that is excluded.
+            ("192.0.2.9:80", true),
+            ("192.0.2.10:80", true),
+            ("192.0.2.11:80", false),
+            ("10.3.9.9:80", false),
+            ("[2001:db8::9]:80", true),
             ("10.2.9.3:80", false),
             ("10.200.0.1:80", false),
             ("198.18.0.1:80", true),

@@ -234,18 +234,60 @@ fn a_client_outside_has_no_identity_in_the_overlay() {
     });
 }
 
-/// The pod's own node knows no such service: it asks a node port over the nodes' network, without being masqueraded.
+/// What the ipcache says of nodes.
+fn know_each_other(one: &Node, two: &Node) {
+    for (node, others) in [
+        (one, ["192.0.2.2", "2001:db8::2"]),
+        (two, ["192.0.2.1", "2001:db8::1"]),
+    ] {
+        for text in others {
+            let key = IpcacheKey::host(&address(text));
+            let value = IpcacheValue::direct(IDENTITY_REMOTE_NODE, 0);
+            node.datapath.tables().ipcache.put(&key, &value).unwrap();
+        }
+    }
+}
+
+/// The network between nodes drops what has a pod's address.
+#[test]
+fn pods_reach_other_nodes_with_their_nodes_address() {
+    check(&[], |one, two, _| {
+        know_each_other(one, two);
+        for (family, own) in ["192.0.2.2", "2001:db8::2"].into_iter().enumerate() {
+            let server = SocketAddr::new(world::NODE[family].parse().unwrap(), 7_003).to_string();
+            in_namespace(&one.namespace, || mirror(&server));
+            in_namespace(&two.pods[0], || {
+                let mut stream = TcpStream::connect(&server).unwrap();
+                stream.set_read_timeout(TIMEOUT).unwrap();
+                let mut tcp = String::new();
+                stream.read_to_string(&mut tcp).unwrap();
+                let datagrams = udp_to(&server);
+                datagrams.send(b"?").unwrap();
+                assert_eq!([tcp, receive(&datagrams).0], [own; 2]);
+            });
+            ping(&two.pods[0], world::NODE[family]);
+            // A process that has the node's address reaches a pod through the overlay, and is answered by that pod.
+            let pod = THERE[family].replace("8080", "7004");
+            in_namespace(&two.pods[0], || serve(&pod, "pod"));
+            in_namespace(&one.namespace, || {
+                let socket =
+                    UdpSocket::bind(SocketAddr::new(world::NODE[family].parse().unwrap(), 0)).unwrap();
+                socket.set_read_timeout(TIMEOUT).unwrap();
+                socket.connect(pod.parse::<SocketAddr>().unwrap()).unwrap();
+                for _ in 0..2 {
+                    socket.send(b"?").unwrap();
+                    assert_eq!(receive(&socket).0, "pod");
+                }
+            });
+        }
+    });
+}
+
+/// The pod's own node knows no such service: it asks a node port over the nodes' network, with the node's address.
 #[test]
 fn a_pod_reaches_another_nodes_port() {
     check(&[], |one, two, _| {
-        in_namespace(&two.namespace, || {
-            // What the ipcache says of nodes: they are of the mesh.
-            for text in ["192.0.2.1", "2001:db8::1"] {
-                let key = IpcacheKey::host(&address(text));
-                let value = IpcacheValue::direct(IDENTITY_REMOTE_NODE, 0);
-                two.datapath.tables().ipcache.put(&key, &value).unwrap();
-            }
-        });
+        know_each_other(one, two);
         for (family, vip) in NODE_PORT.into_iter().enumerate() {
             let id = 1 + family as u32;
             expose(
