@@ -29,6 +29,14 @@ pub fn create<const SNAT: bool>(work: &mut Work, tcp_flags: u8) -> Result<(), Dr
     tables::put_flow(&work.tuple, &work.flow).map_err(|_| DropReason::CtFull)
 }
 
+/// Writes the first entry of the flow in `work` again, whose other entry is there and hears of the flow at its next news.
+#[inline(always)]
+pub fn resume(work: &mut Work, tcp_flags: u8) -> Result<(), DropReason> {
+    (work.flow.state, work.flow.flags) =
+        ct_step(work.tuple.proto, work.flow.state, work.flow.flags, tcp_flags);
+    tables::put_flow(&work.tuple, &work.flow).map_err(|_| DropReason::CtFull)
+}
+
 /// Removes both entries of the flow in `work`, as they are for packets to the frontend.
 #[inline(never)]
 pub fn remove(work: &mut Work) -> u32 {
@@ -95,6 +103,21 @@ fn refresh_pair(work: &mut Work) -> u32 {
         None => drop(tables::put_flow(&work.pair_key, &work.pair)),
     }
     0
+}
+
+/// Whether the way back of the new flow in `work`, which somebody outside has begun, is the first entry of a flow that a pod has begun
+/// and that goes on: nobody outside may take that.
+#[inline(always)]
+pub fn is_pods_own(work: &mut Work) -> bool {
+    ct_pair(&work.tuple, &work.flow, &mut work.pair_key, &mut work.pair);
+    let Some(entry) = tables::flow(&work.pair_key) else {
+        return false;
+    };
+    // SAFETY: as in `touch`.
+    let other = unsafe { &*entry };
+    other.flags & ct_flag::REVERSE == 0
+        && other.state != ct_state::CLOSING
+        && !ct_is_expired(&work.pair_key, other, work.flow.last_seen)
 }
 
 /// Whether the new flow from `tuple` to where `flow` says would take the way back from another flow, which goes through another

@@ -1,12 +1,13 @@
 //! Masquerading: what a pod sends out of the mesh leaves with an address of the node, for nobody outside knows the way to pods.
 //!
 //! Not masqueraded are packets to who knows the way to pods (not other nodes: they know it through the overlay alone), to prefixes
-//! that the agent has excluded, and answers of pods to who reached them directly.
+//! that the agent has excluded, and answers of pods to who reached them directly: such flows are noted at their first packet.
+//! A TCP flow whose entries are gone goes on, with its own port as far as that can be found.
 
 use aya_ebpf::programs::TcContext;
 use isthmus_bpf_abi::{Address, DropReason, PROTO_TCP, TCP_ACK, TCP_SYN, ct_flag, ct_state, feature};
 
-use crate::{ct, flow, icmp, l4, parse::Fragment, tables, words, work::Work};
+use crate::{ct, flow, icmp, l4, outside, parse::Fragment, snat, tables, words, work::Work};
 
 /// Whether pods' own addresses are hidden from `address`.
 #[inline(always)]
@@ -43,7 +44,9 @@ pub fn outbound(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
     let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;
     if let Some(entry) = tables::flow(&work.tuple) {
         words::copy_flow(entry, &mut work.flow);
-        if work.flow.flags & ct_flag::REVERSE != 0 {
+        // A pod that begins a connection answers nobody, whoever has tried to reach it with these ports.
+        let begins = tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN && work.flow.service_id == 0;
+        if work.flow.flags & ct_flag::REVERSE != 0 && !begins {
             // An answer to who reached the pod directly.
             if work.flow.service_id == 0 {
                 ct::touch(work, entry, tcp_flags);
@@ -55,20 +58,38 @@ pub fn outbound(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
             return hide(ctx, work);
         }
     }
-    let answers = match work.tuple.proto {
-        PROTO_TCP => tcp_flags & (TCP_SYN | TCP_ACK) != TCP_SYN,
+    if work.tuple.proto == PROTO_TCP {
+        if tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN | TCP_ACK {
+            // The answer to who reached the pod another way than through our devices.
+            return note_answer(work);
+        }
+        begin(work)?;
+        if tcp_flags & TCP_SYN == 0 && snat::find(work) {
+            ct::resume(work, tcp_flags)?;
+            return hide(ctx, work);
+        }
+    } else if work.tuple.source_port == [0; 2] {
         // An echo's answer.
-        _ => work.tuple.source_port == [0; 2],
-    };
-    if answers {
         return Ok(());
+    } else {
+        begin(work)?;
     }
-    begin(work)?;
     ct::create::<true>(work, tcp_flags)?;
     hide(ctx, work)
 }
 
-/// Fills in a new flow.
+/// Notes the flow of which the pod's packet is an answer: it goes on with the pod's address.
+#[inline(always)]
+fn note_answer(work: &mut Work) -> Result<(), DropReason> {
+    let tuple = &work.tuple;
+    work.flow.nat_address = tuple.source;
+    work.flow.nat_port = tuple.source_port;
+    outside::begin(&mut work.flow, work.outside);
+    work.flow.flags = ct_flag::REVERSE;
+    tables::put_flow(&work.tuple, &work.flow).map_err(|_| DropReason::CtFull)
+}
+
+/// Fills in a new flow but for its port.
 #[inline(always)]
 fn begin(work: &mut Work) -> Result<(), DropReason> {
     let config = tables::config().ok_or(DropReason::NotConfigured)?;

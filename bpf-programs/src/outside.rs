@@ -5,7 +5,7 @@
 
 use aya_ebpf::programs::TcContext;
 use isthmus_bpf_abi::{
-    DropReason, PROTO_TCP, PROTO_UDP, SCOPE_INTERNAL, ServiceKey, ct_flag, ct_state, feature, service_flag,
+    CtValue, DropReason, PROTO_UDP, SCOPE_INTERNAL, ServiceKey, ct_flag, ct_state, feature, service_flag,
 };
 
 use crate::{ct, flow, icmp, l4, masquerade, parse::Fragment, tables, words, work::Work};
@@ -45,7 +45,7 @@ pub fn frontend(ctx: &TcContext, work: &mut Work) -> Result<bool, DropReason> {
         }
     }
     let Some(service) = tables::service(&flow::frontend(&work.tuple)) else {
-        direct(work)?;
+        direct(ctx, work)?;
         return Ok(false);
     };
     if !tables::has_feature(feature::NODE_PORT) {
@@ -117,7 +117,7 @@ pub fn from_other_node(ctx: &TcContext, work: &mut Work) -> Result<(), DropReaso
         return Ok(());
     }
     let Some(entry) = tables::flow(&work.tuple) else {
-        return direct(work);
+        return direct(ctx, work);
     };
     words::copy_flow(entry, &mut work.flow);
     if work.flow.flags & ct_flag::REVERSE == 0 && work.flow.service_id == 0 {
@@ -146,12 +146,11 @@ fn is_tunnel(ctx: &TcContext, work: &Work) -> Result<bool, DropReason> {
     Ok(l4::destination_port(ctx, &work.packet)? == port.to_be_bytes())
 }
 
-/// A packet to a pod, routed here from outside or sent by another node. Its flow is noted if the pod's answers would be masqueraded: these must not be.
-/// A connection needs no note, for its answers show that they are none of its first packets.
+/// A packet to a pod, routed here from outside or sent by another node. Its flow is noted if the pod's answers would be masqueraded:
+/// these must not be.
 #[inline(always)]
-fn direct(work: &mut Work) -> Result<(), DropReason> {
-    if work.tuple.proto == PROTO_TCP
-        || !l4::has_ports(work.tuple.proto)
+fn direct(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
+    if !l4::has_ports(work.tuple.proto)
         || tables::endpoint(&work.tuple.destination).is_none_or(|endpoint| endpoint.ifindex == 0)
         || !masquerade::hides_from(&work.tuple.source, work.packet.ipv4)
     {
@@ -159,14 +158,24 @@ fn direct(work: &mut Work) -> Result<(), DropReason> {
     }
     work.flow.nat_address = work.tuple.destination;
     work.flow.nat_port = work.tuple.destination_port;
-    words::clear(&mut work.flow.peer_address);
-    work.flow.peer_port = [0; 2];
-    work.flow.pad = [0; 2];
-    work.flow.state = ct_state::OPENING;
-    work.flow.flags = 0;
-    work.flow.last_seen = ct::now();
-    work.flow.backend_id = 0;
-    work.flow.service_id = 0;
-    work.flow.ifindex = work.outside;
-    ct::create::<false>(work, 0)
+    begin(&mut work.flow, work.outside);
+    if ct::is_pods_own(work) {
+        return Ok(());
+    }
+    let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;
+    ct::create::<false>(work, tcp_flags)
+}
+
+/// Fills in a flow of who reaches a pod directly, but for where it goes.
+#[inline(always)]
+pub fn begin(flow: &mut CtValue, device: u32) {
+    words::clear(&mut flow.peer_address);
+    flow.peer_port = [0; 2];
+    flow.pad = [0; 2];
+    flow.state = ct_state::OPENING;
+    flow.flags = 0;
+    flow.last_seen = ct::now();
+    flow.backend_id = 0;
+    flow.service_id = 0;
+    flow.ifindex = device;
 }

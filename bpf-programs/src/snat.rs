@@ -5,8 +5,8 @@
 //! evicted finds its port again. An entry that is over is taken over, by who has the claim on its key: an entry of its own.
 
 use isthmus_bpf_abi::{
-    Address, DropReason, PROTO_SCTP, SNAT_TRIES_MAX, ct_is_expired, ct_pair, ct_state, is_ipv4_mapped,
-    snat_port, tuple_hash,
+    Address, DropReason, PROTO_SCTP, SNAT_TRIES_MAX, ct_flag, ct_is_expired, ct_pair, ct_state,
+    is_ipv4_mapped, snat_port, tuple_hash,
 };
 
 use crate::{
@@ -51,6 +51,35 @@ fn known(address: Address) -> Result<Address, DropReason> {
     } else {
         Ok(address)
     }
+}
+
+/// Finds the port that the flow in `work`, whose first entry stands there but for the port, has by its other entry, and fills it in
+/// with what that one says: the first entry was evicted, and claiming anew might give another port.
+#[inline(never)]
+pub fn find(work: &mut Work) -> bool {
+    let (min, max) = match tables::config() {
+        Some(config) => (config.snat_port_min, config.snat_port_max),
+        None => return false,
+    };
+    if min > max {
+        return false;
+    }
+    ct_pair(&work.tuple, &work.flow, &mut work.pair_key, &mut work.pair);
+    let hash = tuple_hash(&work.tuple);
+    for attempt in 0..SNAT_TRIES_MAX {
+        let port = snat_port(hash, attempt, min, max);
+        work.pair_key.destination_port = port;
+        if let Some(entry) = tables::flow(&work.pair_key) {
+            words::copy_flow(entry, &mut work.other);
+            if ct::is_same(&work.other, &work.pair) {
+                work.flow.peer_port = port;
+                work.flow.state = work.other.state;
+                work.flow.flags = work.other.flags ^ ct_flag::REVERSE;
+                return true;
+            }
+        }
+    }
+    false
 }
 
 /// Finds a port for the new flow in `work`, whose first entry stands there but for the port, and writes the other entry.
@@ -100,7 +129,8 @@ enum Taken {
     No,
 }
 
-/// Takes the entry of a flow that is over. Of several that found it so the first has it, and the others look again.
+/// Takes the entry of a flow that is over. Of several that found it so the first has it, and the others go on to their next
+/// port.
 #[inline(never)]
 fn take_over(work: &mut Work, closing_too: bool) -> Taken {
     work.pair_key.pad = CLAIM;

@@ -3,8 +3,8 @@
 
 use isthmus_bpf_abi::{
     Device, DropReason, IDENTITY_KUBE_APISERVER, IDENTITY_REMOTE_NODE, IDENTITY_WORLD, IpcacheKey,
-    IpcacheValue, PROTO_ICMP, PROTO_ICMPV6, PROTO_SCTP, PROTO_TCP, PROTO_UDP, PrefixKey, TCP_ACK, TCP_SYN,
-    ct_flag, feature,
+    IpcacheValue, PROTO_ICMP, PROTO_ICMPV6, PROTO_SCTP, PROTO_TCP, PROTO_UDP, PrefixKey, TCP_ACK, TCP_RST,
+    TCP_SYN, ct_flag, ct_state, feature,
 };
 use isthmus_datapath::{MapOp, PacketHook};
 
@@ -267,10 +267,97 @@ fn answers_of_pods_to_who_reached_them_directly_keep_their_source() {
             assert_eq!(edge.comes(&question, PASS, DropReason::Forwarded), question);
             let answer = sctp(HOST, asked.back());
             assert_eq!(edge.leaves(&answer, PASS, DropReason::Forwarded), answer);
-            for flags in [TCP_SYN | TCP_ACK, TCP_ACK] {
+            let question = tcp(OUTSIDER, asked, TCP_SYN, b"");
+            assert_eq!(edge.comes(&question, PASS, DropReason::Forwarded), question);
+            // The other's first packet came another way than through our devices, or our entries are gone: then its next counts.
+            let other = ends(&WEB[family].replace("443", "444"), LOCAL[family]);
+            let third = ends(&WEB[family].replace("443", "445"), LOCAL[family]);
+            let data = tcp(OUTSIDER, third, TCP_ACK, b"data");
+            assert_eq!(edge.comes(&data, PASS, DropReason::Forwarded), data);
+            for (asked, flags) in [
+                (asked, TCP_SYN | TCP_ACK),
+                (asked, TCP_ACK),
+                (asked, TCP_RST | TCP_ACK),
+                (other, TCP_SYN | TCP_ACK),
+                (other, TCP_ACK),
+                (third, TCP_ACK),
+            ] {
                 let answer = tcp(HOST, asked.back(), flags, b"");
                 assert_eq!(edge.leaves(&answer, PASS, DropReason::Forwarded), answer);
             }
+            for asked in [asked, other, third] {
+                let flow = edge.flow(asked.back(), PROTO_TCP).unwrap();
+                assert_eq!((flow.flags, flow.service_id), (ct_flag::REVERSE, 0));
+            }
+            // What the pod begins itself is no answer.
+            let own = tcp(HOST, third.back(), TCP_SYN, b"");
+            edge.leaves(&own, PASS, DropReason::Translated);
+        }
+    });
+}
+
+/// Of a connection that a pod has begun no packet leaves with the pod's address, whatever the table has forgotten.
+#[test]
+fn a_masqueraded_connection_outlives_its_entries() {
+    Edge::check(|edge| {
+        for family in [0, 1] {
+            edge.set(ALL_FEATURES, 3_000..=3_001);
+            let server = WEB[family];
+            let first_try = |own| transport::first_port(own, PROTO_TCP, &(3_000..=3_001));
+            let pod = |port: u16| {
+                let from = CLIENT[family].replace("40000", &port.to_string());
+                ends(&from, server)
+            };
+            let before = pod(20_000);
+            // Both want the same port.
+            let own = (20_001..)
+                .map(pod)
+                .find(|own| first_try(*own) == first_try(before));
+            let own = own.unwrap();
+            let leaves = |own, flags| {
+                let frame = tcp(HOST, own, flags, b"");
+                read(&edge.leaves(&frame, PASS, DropReason::Translated)).ends
+            };
+            let taken = leaves(before, TCP_SYN);
+            let out = leaves(own, TCP_SYN);
+            assert_eq!(taken.source.1, first_try(own));
+            assert_ne!(out.source.1, taken.source.1);
+            let answer = tcp(OUTSIDER, out.back(), TCP_SYN | TCP_ACK, b"");
+            edge.comes(&answer, PASS, DropReason::Translated);
+            assert_eq!(leaves(own, TCP_ACK), out);
+            // The port that it would rather have is free now, but not its own.
+            for gone in [before, taken.back(), own] {
+                edge.forget(gone, PROTO_TCP);
+            }
+            assert_eq!(leaves(own, TCP_ACK), out);
+            let flow = edge.flow(own, PROTO_TCP).unwrap();
+            assert_eq!((flow.flags, flow.state), (ct_flag::SNAT, ct_state::ESTABLISHED));
+            // An answer makes the first entry too.
+            edge.forget(own, PROTO_TCP);
+            edge.edit(out.back(), PROTO_TCP, |entry| entry.last_seen -= 2);
+            let answer = tcp(OUTSIDER, out.back(), TCP_ACK, b"data");
+            let back = read(&edge.comes(&answer, PASS, DropReason::Translated)).ends;
+            assert_eq!(back, own.back());
+            assert_eq!(
+                edge.flow(own, PROTO_TCP).unwrap().peer_port,
+                out.source.1.to_be_bytes()
+            );
+            // Nothing is left: it begins anew.
+            for gone in [own, out.back()] {
+                edge.forget(gone, PROTO_TCP);
+            }
+            let anew = leaves(own, TCP_ACK);
+            assert_eq!(
+                (anew.source.0, anew.source.1),
+                (address(NODE[family]), first_try(own))
+            );
+            let answer = tcp(OUTSIDER, anew.back(), TCP_ACK, b"data");
+            let back = read(&edge.comes(&answer, PASS, DropReason::Translated)).ends;
+            assert_eq!(back, own.back());
+            // Who sends to the pod itself with the server's address and port changes nothing.
+            let meddling = tcp(OUTSIDER, own.back(), TCP_SYN, b"");
+            assert_eq!(edge.comes(&meddling, PASS, DropReason::Forwarded), meddling);
+            assert_eq!(leaves(own, TCP_ACK), anew);
         }
     });
 }

@@ -2,7 +2,8 @@
 #![allow(dead_code, reason = "each test target uses some of it")]
 
 use isthmus_bpf_abi::{
-    Address, PROTO_ICMP, PROTO_ICMPV6, PROTO_SCTP, PROTO_TCP, PROTO_UDP, ipv4_mapped, ipv4_of, is_ipv4_mapped,
+    Address, CtKey, PROTO_ICMP, PROTO_ICMPV6, PROTO_SCTP, PROTO_TCP, PROTO_UDP, ipv4_mapped, ipv4_of,
+    is_ipv4_mapped, snat_port, tuple_hash,
 };
 
 use crate::{frames::ethernet, lab::address};
@@ -38,6 +39,20 @@ impl Ends {
             destination: self.source,
         }
     }
+}
+
+/// The port of the node that a flow tries first.
+pub fn first_port(ends: Ends, proto: u8, ports: &std::ops::RangeInclusive<u16>) -> u16 {
+    let key = CtKey {
+        source: ends.source.0,
+        destination: ends.destination.0,
+        source_port: ends.source.1.to_be_bytes(),
+        destination_port: ends.destination.1.to_be_bytes(),
+        proto,
+        pad: [0; 3],
+    };
+    let hash = tuple_hash(&key);
+    u16::from_be_bytes(snat_port(hash, 0, *ports.start(), *ports.end()))
 }
 
 /// What a frame says. All checksums in it were compared.
