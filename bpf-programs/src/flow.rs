@@ -7,8 +7,8 @@
 use aya_ebpf::programs::TcContext;
 use isthmus_bpf_abi::{
     Address, Backend, CtKey, CtValue, DropReason, LOOPBACK_IPV4, LOOPBACK_IPV6, PROTO_TCP, PROTO_UDP,
-    SCOPE_EXTERNAL, ServiceKey, TCP_ACK, TCP_SYN, affinity_kind, backend_state, ct_flag, ct_state, feature,
-    is_ipv4_mapped, loopback_of, service_flag, tuple_hash,
+    SCOPE_EXTERNAL, ServiceKey, TCP_ACK, TCP_SYN, affinity_kind, backend_state, ct_flag, ct_state,
+    endpoint_flag, feature, is_ipv4_mapped, loopback_of, service_flag, tuple_hash,
 };
 
 use crate::{
@@ -244,6 +244,12 @@ fn may_hide(work: &Work) -> bool {
     work.service_flags & service_flag::EXTERNAL_LOCAL == 0
 }
 
+/// Whether `address` is the node's own.
+#[inline(always)]
+fn is_node(address: &Address) -> bool {
+    tables::endpoint(address).is_some_and(|endpoint| endpoint.flags & endpoint_flag::HOST != 0)
+}
+
 /// Chooses among the backends to which the client's ports are free, or among all.
 #[inline(never)]
 fn choose_among<const OUTSIDE: bool>(work: &mut Work, all: bool) -> Result<(), DropReason> {
@@ -251,6 +257,7 @@ fn choose_among<const OUTSIDE: bool>(work: &mut Work, all: bool) -> Result<(), D
     let flow = &mut work.flow;
     let pair_key = &mut work.pair_key;
     let number = tuple_hash(tuple);
+    let proto = tuple.proto;
     flow.state = ct_state::OPENING;
     flow.last_seen = ct::now();
     flow.ifindex = if OUTSIDE { work.outside } else { 0 };
@@ -269,7 +276,10 @@ fn choose_among<const OUTSIDE: bool>(work: &mut Work, all: bool) -> Result<(), D
     };
     let usable =
         |backend_id, backend: &Backend| match take::<OUTSIDE>(tuple, flow, pair_key, backend, backend_id) {
-            Err(DropReason::TupleInUse) if all => Ok(()),
+            // A connection to a process of the node can neither meet another nor be hidden.
+            Err(DropReason::TupleInUse) if all && (proto == PROTO_UDP || !is_node(&backend.address)) => {
+                Ok(())
+            }
             result => result,
         };
     let found = select(&mut request, || number, usable);
@@ -279,7 +289,8 @@ fn choose_among<const OUTSIDE: bool>(work: &mut Work, all: bool) -> Result<(), D
             if !OUTSIDE && work.flow.nat_address == work.tuple.source {
                 work.flow.flags = ct_flag::HAIRPIN;
             }
-            if OUTSIDE && all && may_hide(work) && work.flow.flags == 0 {
+            // The node's stack would take its own router address for forged.
+            if OUTSIDE && all && may_hide(work) && work.flow.flags == 0 && !is_node(&work.flow.nat_address) {
                 work.flow.peer_address = snat::router(&work.flow.nat_address)?;
                 work.flow.flags = ct_flag::SNAT;
             }

@@ -139,8 +139,8 @@ fn towards(ctx: &TcContext, work: &mut Work) -> Result<i32, DropReason> {
     };
     match found as i64 {
         FIB_FOUND | FIB_NO_NEIGHBOUR => out_of(work.lookup.ifindex),
-        // An address of the node that the agent has not told of.
-        FIB_NOT_FORWARDED => Ok(TC_ACT_OK),
+        // An address of the node that the agent has not told of. The stack would take what has a source of the node for forged.
+        FIB_NOT_FORWARDED if work.flow.flags & ct_flag::SNAT == 0 => Ok(TC_ACT_OK),
         _ => Err(DropReason::NoRoute),
     }
 }
