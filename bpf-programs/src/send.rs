@@ -2,7 +2,8 @@
 //! overlay, out of a device, or to the node's stack.
 //!
 //! A packet that carries one of the node's own addresses as its source must not go through the stack, which would take it
-//! for forged: it leaves through its device right here, and the kernel finds the neighbour's MAC address.
+//! for forged: it leaves through its device right here, and the kernel finds the neighbour's MAC address. That is a hop, which
+//! costs one of its TTL.
 
 use aya_ebpf::{
     bindings::{TC_ACT_OK, TC_ACT_REDIRECT, bpf_fib_lookup},
@@ -13,13 +14,19 @@ use isthmus_bpf_abi::{DropReason, IDENTITY_WORLD, ct_flag, endpoint_flag, ipv4_o
 
 use crate::{
     deliver,
+    nat::{IPV4_CHECKSUM, store},
     overlay::{self, Route},
+    parse::{ETH_LEN, Packet, load},
     tables, words,
     work::Work,
 };
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
+/// Offset of the TTL in an IPv4 header.
+const IPV4_TTL: usize = 8;
+/// Offset of the hop limit in an IPv6 header.
+const IPV6_HOP_LIMIT: usize = 7;
 /// Answers of the kernel's routes.
 const FIB_FOUND: i64 = 0;
 const FIB_NOT_FORWARDED: i64 = 4;
@@ -67,7 +74,10 @@ pub fn onward(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
             overlay::send(ctx, identity, &entry)?
         }
         Route::Stack if !back => towards(ctx, work)?,
-        Route::Stack if work.flow.ifindex != 0 => out_of(work.flow.ifindex)?,
+        Route::Stack if work.flow.ifindex != 0 => {
+            hop(ctx, &work.packet)?;
+            out_of(work.flow.ifindex)?
+        }
         Route::Stack => TC_ACT_OK,
     };
     Ok(())
@@ -138,11 +148,32 @@ fn towards(ctx: &TcContext, work: &mut Work) -> Result<i32, DropReason> {
         )
     };
     match found as i64 {
-        FIB_FOUND | FIB_NO_NEIGHBOUR => out_of(work.lookup.ifindex),
+        FIB_FOUND | FIB_NO_NEIGHBOUR => {
+            hop(ctx, &work.packet)?;
+            out_of(work.lookup.ifindex)
+        }
         // An address of the node that the agent has not told of. The stack would take what has a source of the node for forged.
         FIB_NOT_FORWARDED if work.flow.flags & ct_flag::SNAT == 0 => Ok(TC_ACT_OK),
         _ => Err(DropReason::NoRoute),
     }
+}
+
+/// Counts a hop, as who routes from device to device must: two nodes may have each other's frontends as backends.
+#[inline(never)]
+fn hop(ctx: &TcContext, packet: &Packet) -> Result<(), DropReason> {
+    let offset = ETH_LEN + if packet.ipv4 { IPV4_TTL } else { IPV6_HOP_LIMIT };
+    let ttl: u8 = load(ctx, offset)?;
+    if ttl <= 1 {
+        return Err(DropReason::TtlExpired);
+    }
+    let left = ttl - 1;
+    if packet.ipv4 {
+        // The checksum is over words; TTL and protocol are one.
+        let word = |ttl| u64::from(u16::from_ne_bytes([ttl, packet.proto]));
+        ctx.l3_csum_replace(ETH_LEN + IPV4_CHECKSUM, word(ttl), word(left), 2)
+            .map_err(|_| DropReason::WriteFailed)?;
+    }
+    store(ctx, offset, &left)
 }
 
 /// Out of a device, to the neighbour that leads to the packet's destination.

@@ -143,6 +143,8 @@ reasons! {
     NoRoute = 26, "no-route";
     /// A fragment that overtook its first: nothing says which flow it belongs to.
     FragmentUnknown = 27, "fragment-unknown";
+    /// Its hops are used up: it has gone round between nodes, or comes from too far.
+    TtlExpired = 28, "ttl-expired";
 }
 
 impl DropReason {

@@ -24,7 +24,9 @@ mod transport;
 use edge::{ALL_FEATURES, BALANCER, CLIENT, Edge, NODE, NODE_PORT, OUTSIDER, PORTS, ROUTER};
 use lab::{address, run};
 use pair::{DROP, HOST, LOCAL, OTHER, PASS, REDIRECT, REMOTE, ip};
-use transport::{Ends, end, ends, fragments, read, read_quote, tcp, udp, udp_datagram, unreachable};
+use transport::{
+    Ends, end, ends, fragments, read, read_quote, tcp, ttl, udp, udp_datagram, unreachable, with_ttl,
+};
 
 /// A host-network pod of another node.
 const FAR_NODE: [&str; 2] = ["192.0.2.2:6443", "[2001:db8::2]:6443"];
@@ -300,6 +302,37 @@ fn a_client_that_comes_another_way_is_answered_there() {
         edge.comes(&ask, REDIRECT, DropReason::Translated);
         for entry in [asked, back] {
             assert_eq!(edge.flow(entry, PROTO_UDP).unwrap().ifindex, edge.ifindex);
+        }
+    });
+}
+
+/// Two nodes may have each other's frontends as backends.
+#[test]
+fn a_packet_between_devices_has_a_last_hop() {
+    Edge::check(|edge| {
+        for family in [0, 1] {
+            let id = 1 + 2 * family as u32;
+            edge.service(id, NODE_PORT[family], PROTO_TCP, 0, &[FAR_NODE[family]]);
+            edge.service(id + 1, BALANCER[family], PROTO_TCP, 0, &[LOCAL[family]]);
+            let asked = ends(CLIENT[family], NODE_PORT[family]);
+            let question = tcp(OUTSIDER, asked, TCP_SYN, b"");
+            let out = edge.comes(&with_ttl(&question, 2), REDIRECT, DropReason::Translated);
+            assert_eq!(ttl(&out), 1);
+            let answer = tcp(OUTSIDER, read(&out).ends.back(), TCP_SYN | TCP_ACK, b"");
+            let out = edge.comes(&with_ttl(&answer, 255), REDIRECT, DropReason::Translated);
+            assert_eq!((ttl(&out), read(&out).ends), (254, asked.back()));
+            for last in [0, 1] {
+                edge.comes(&with_ttl(&question, last), DROP, DropReason::TtlExpired);
+                edge.comes(&with_ttl(&answer, last), DROP, DropReason::TtlExpired);
+            }
+            // A pod here is where it ends, and its answer leaves by a device.
+            let asked = ends(CLIENT[family], BALANCER[family]);
+            let question = tcp(OUTSIDER, asked, TCP_SYN, b"");
+            let out = edge.comes(&with_ttl(&question, 1), REDIRECT, DropReason::Translated);
+            assert_eq!(ttl(&out), 1);
+            let answer = tcp(OTHER, read(&out).ends.back(), TCP_SYN | TCP_ACK, b"");
+            let out = edge.node.expect(1, &answer, REDIRECT, DropReason::Translated);
+            assert_eq!((ttl(&out), read(&out).ends), (63, asked.back()));
         }
     });
 }

@@ -184,6 +184,23 @@ pub fn with_ipv4_options(frame: &[u8], options: &[u8]) -> Vec<u8> {
     out
 }
 
+/// The same frame with another TTL (hop limit).
+pub fn with_ttl(frame: &[u8], ttl: u8) -> Vec<u8> {
+    let mut out = frame.to_vec();
+    if out[12] == 0x08 {
+        out[22] = ttl;
+        set_ipv4_checksum(&mut out);
+    } else {
+        out[21] = ttl;
+    }
+    out
+}
+
+/// A frame's TTL (hop limit).
+pub fn ttl(frame: &[u8]) -> u8 {
+    frame[if frame[12] == 0x08 { 22 } else { 21 }]
+}
+
 /// Reads a frame; panics where a length or checksum is wrong. Later fragments have no transport to compare.
 pub fn read(frame: &[u8]) -> Seen {
     let macs = [
