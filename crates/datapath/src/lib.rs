@@ -27,12 +27,9 @@ pub mod tables;
 pub mod teardown;
 
 use std::{
-    fs::File,
     io,
     path::{Path, PathBuf},
 };
-
-use nix::fcntl::{Flock, FlockArg};
 
 pub use crate::{
     apply::{ApplyReport, OpError},
@@ -66,15 +63,6 @@ pub enum OpenError {
     /// The bpffs.
     #[error(transparent)]
     Pins(#[from] pins::PinError),
-    /// Another process is just opening it.
-    #[error("cannot lock {path}")]
-    Lock {
-        /// The folder.
-        path: String,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
     /// A map.
     #[error(transparent)]
     Map(#[from] MapOpenError),
@@ -105,8 +93,7 @@ impl Datapath {
             true => Some(preflight::cgroup_root(config.cgroup_root.as_deref())?),
             false => None,
         };
-        pins::prepare(&config.bpf_root)?;
-        let _lock = lock(&config.bpf_root)?;
+        let _lock = pins::prepare(&config.bpf_root)?;
         let tables = Tables::open_or_create(&config.bpf_root)?;
         let programs = programs::Programs::open_or_load(&config.bpf_root)?;
         let datapath = Self {
@@ -240,15 +227,4 @@ impl Datapath {
         }
         Ok(())
     }
-}
-
-/// Serializes agents that open the same datapath (a rolling update). Held until dropped.
-fn lock(bpf_root: &Path) -> Result<Flock<File>, OpenError> {
-    let path = pins::root_dir(bpf_root);
-    let failed = |source| OpenError::Lock {
-        path: path.display().to_string(),
-        source,
-    };
-    let dir = File::open(&path).map_err(failed)?;
-    Flock::lock(dir, FlockArg::LockExclusive).map_err(|(_, errno)| failed(errno.into()))
 }

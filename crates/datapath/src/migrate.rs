@@ -7,7 +7,8 @@
 //! and when this version's programs run everywhere, [`finish`] adds those that the old programs have begun meanwhile.
 //!
 //! Invariants: programs of the older version hold their own maps and go on until their links are updated; each pin changes
-//! in one step; whoever dies on the way can begin again, since the version is written last.
+//! in one step; whoever dies on the way can begin again, since the version is written last; and nobody else is on the way, for
+//! the lock on the pins ([`pins::prepare`]) is held from before the version is read until after [`finish`].
 
 use std::{collections::HashSet, fs, io, os::fd::AsFd, path::Path};
 

@@ -10,7 +10,8 @@
 //! Invariant: nothing outside `<bpf_root>/isthmus` is ever touched, beside mounting a bpffs where none is.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     path::{Path, PathBuf},
 };
 
@@ -19,6 +20,7 @@ use isthmus_bpf_abi::{
     maps::{MapKind, MapSpec},
 };
 use nix::{
+    fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
@@ -54,6 +56,15 @@ pub enum PinError {
     /// A folder cannot be made.
     #[error("cannot create {path}")]
     Create {
+        /// Which.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The lock on it.
+    #[error("cannot lock {path}")]
+    Lock {
         /// Which.
         path: String,
         /// Why.
@@ -108,8 +119,27 @@ const ABI_MAP: MapSpec = MapSpec {
     flags: 0,
 };
 
-/// Makes the folders, on a bpffs, and compares the ABI version; maps of older versions are carried over ([`migrate`]).
-pub fn prepare(bpf_root: &Path) -> Result<(), PinError> {
+/// Serializes agents that open the same datapath (a rolling update). Held until dropped.
+#[derive(Debug)]
+#[must_use]
+pub struct Lock {
+    _folder: Flock<File>,
+}
+
+fn lock(folder: &Path) -> Result<Lock, PinError> {
+    let failed = |source| PinError::Lock {
+        path: folder.display().to_string(),
+        source,
+    };
+    let file = File::open(folder).map_err(failed)?;
+    let locked = Flock::lock(file, FlockArg::LockExclusive);
+    let _folder = locked.map_err(|(_, errno)| failed(errno.into()))?;
+    Ok(Lock { _folder })
+}
+
+/// Makes the folders, on a bpffs, and compares the ABI version; maps of older versions are carried over ([`migrate`]). Nobody else
+/// does so at the same time, or goes on from there, while the lock is held.
+pub fn prepare(bpf_root: &Path) -> Result<Lock, PinError> {
     create_dir(bpf_root)?;
     if !is_bpffs(bpf_root) {
         mount(
@@ -133,12 +163,16 @@ pub fn prepare(bpf_root: &Path) -> Result<(), PinError> {
     ] {
         create_dir(dir)?;
     }
+    let lock = lock(&root)?;
     let version =
         Map::<u32, u32>::open_or_create(&ABI_MAP, &root.join("abi")).map_err(PinError::OpenVersion)?;
     match version.lookup(&0).map_err(PinError::Version)?.unwrap_or_default() {
-        ABI_VERSION => Ok(()),
+        ABI_VERSION => Ok(lock),
         // Zero: just made, or its maker died before it wrote, and so before it made any other map.
-        0 => version.put(&0, &ABI_VERSION).map_err(PinError::Version),
+        0 => {
+            version.put(&0, &ABI_VERSION).map_err(PinError::Version)?;
+            Ok(lock)
+        }
         found if (migrate::VERSION_MIN..ABI_VERSION).contains(&found) => {
             migrate::begin(&maps_dir(bpf_root)).map_err(|source| PinError::Migrate {
                 path: root.display().to_string(),
@@ -150,7 +184,8 @@ pub fn prepare(bpf_root: &Path) -> Result<(), PinError> {
                 to = ABI_VERSION,
                 "maps of an older version are carried over"
             );
-            version.put(&0, &ABI_VERSION).map_err(PinError::Version)
+            version.put(&0, &ABI_VERSION).map_err(PinError::Version)?;
+            Ok(lock)
         }
         found => Err(PinError::VersionMismatch {
             path: root.display().to_string(),

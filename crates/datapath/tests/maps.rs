@@ -28,7 +28,7 @@ fn backend(port: u16) -> Backend {
 fn check(test: impl FnOnce(&Tables, &std::path::Path)) {
     let mut lab = Lab::new();
     let config = lab.datapath_config();
-    pins::prepare(&config.bpf_root).unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let _lock = pins::prepare(&config.bpf_root).unwrap_or_else(|error| panic!("{}", chain(&error)));
     let tables = Tables::open_or_create(&config.bpf_root).unwrap_or_else(|error| panic!("{}", chain(&error)));
     test(&tables, &config.bpf_root);
 }
@@ -177,7 +177,7 @@ fn full_map_fails_the_rest_and_says_so() {
 fn backends_stay_when_a_slot_could_not_be_written() {
     let mut lab = Lab::new();
     let config = lab.datapath_config();
-    pins::prepare(&config.bpf_root).unwrap();
+    drop(pins::prepare(&config.bpf_root).unwrap());
     // A service map that is only readable through this descriptor stands in for one that is full.
     let tables = Tables::open_or_create(&config.bpf_root).unwrap();
     tables.backends.put(&BackendKey { id: 1 }, &backend(1)).unwrap();
@@ -242,7 +242,7 @@ fn absent_tables_name_the_flag() {
 fn other_abi_version_is_refused() {
     let mut lab = Lab::new();
     let config = lab.datapath_config();
-    pins::prepare(&config.bpf_root).unwrap();
+    drop(pins::prepare(&config.bpf_root).unwrap());
     let spec = MapSpec {
         name: "isthmus_abi",
         kind: maps::MapKind::Array,

@@ -1,13 +1,14 @@
 //! An agent that meets the maps of an older ABI version: they are carried over, and no connection notices.
 #![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::MetadataExt, path::Path};
 
 use isthmus_bpf_abi::{
     ABI_VERSION, CtKey, CtValue, DropReason, MetricsValue, NodeConfig, PROTO_TCP, ct_flag, ct_state,
     maps::{self, MapKind, MapSpec},
 };
 use isthmus_datapath::{DatapathConfig, Map, pins};
+use nix::fcntl::{Flock, FlockArg};
 
 #[path = "support/lab.rs"]
 mod lab;
@@ -167,12 +168,8 @@ fn short(value: &CtValue) -> [u8; 32] {
     zerocopy::IntoBytes::as_bytes(value)[..32].try_into().unwrap()
 }
 
-#[test]
-fn flows_and_configuration_of_version_2_are_carried_over() {
-    let mut lab = Lab::new();
-    let namespace = lab.namespace("node");
-    let config = lab.datapath_config();
-    drop(open_in(&namespace, &config));
+/// Makes the pins look as version 2 left them, with 5,000 flows.
+fn as_version_2(config: &DatapathConfig) {
     let dir = pins::maps_dir(&config.bpf_root);
     let map = Map::<u32, [u8; 88]>::open_or_create(&CONFIG_2, &repin(&dir, CONFIG_2.name)).unwrap();
     let mut bytes = [0; 88];
@@ -186,9 +183,17 @@ fn flows_and_configuration_of_version_2_are_carried_over() {
     for new in [maps::DEVICES, maps::NO_MASQUERADE] {
         fs::remove_file(dir.join(new.name)).unwrap();
     }
-    as_of_another_build(&config);
-    version(&config).put(&0, &2).unwrap();
+    as_of_another_build(config);
+    version(config).put(&0, &2).unwrap();
+}
 
+#[test]
+fn flows_and_configuration_of_version_2_are_carried_over() {
+    let mut lab = Lab::new();
+    let namespace = lab.namespace("node");
+    let config = lab.datapath_config();
+    drop(open_in(&namespace, &config));
+    as_version_2(&config);
     let second = open_in(&namespace, &config);
     assert_eq!(version(&config).lookup(&0).unwrap(), Some(ABI_VERSION));
     assert_eq!(second.tables().node_config().unwrap().maglev_table_size, 16_381);
@@ -197,7 +202,41 @@ fn flows_and_configuration_of_version_2_are_carried_over() {
         assert_eq!(second.tables().ct.lookup(&key).unwrap(), Some(value));
     }
     assert_eq!(second.tables().ct.dump().unwrap().len(), 5_000);
-    assert!(!dir.join("isthmus_ct_2").exists());
+    assert!(!pins::maps_dir(&config.bpf_root).join("isthmus_ct_2").exists());
+}
+
+/// Of two agents that start together the second waits before it touches anything, and then finds the first one's work.
+#[test]
+fn agents_that_start_together_carry_over_once() {
+    let mut lab = Lab::new();
+    let namespace = lab.namespace("node");
+    let config = lab.datapath_config();
+    drop(open_in(&namespace, &config));
+    as_version_2(&config);
+    let old = fs::metadata(pins::maps_dir(&config.bpf_root).join(maps::CT_NAME)).unwrap();
+    let folder = fs::File::open(pins::root_dir(&config.bpf_root)).unwrap();
+    let lock = Flock::lock(folder, FlockArg::LockExclusive).unwrap();
+    let waiter = format!(" {} ", std::process::id());
+    std::thread::scope(|scope| {
+        let agents = [(); 2].map(|()| scope.spawn(|| open_in(&namespace, &config)));
+        let waiting = || {
+            let locks = fs::read_to_string("/proc/locks").unwrap();
+            let ours = locks
+                .lines()
+                .filter(|line| line.contains("-> FLOCK") && line.contains(&waiter));
+            ours.count() == 2
+        };
+        lab::wait_for("waiting for the lock", waiting);
+        assert_eq!(version(&config).lookup(&0).unwrap(), Some(2));
+        let now = fs::metadata(pins::maps_dir(&config.bpf_root).join(maps::CT_NAME)).unwrap();
+        assert_eq!(now.ino(), old.ino());
+        drop(lock);
+        for agent in agents {
+            let datapath = agent.join().unwrap();
+            assert_eq!(datapath.tables().ct.dump().unwrap().len(), 5_000);
+        }
+    });
+    assert_eq!(version(&config).lookup(&0).unwrap(), Some(ABI_VERSION));
 }
 
 /// The old programs begin a flow after the copy, or the agent dies before its end: the next one adds what is missing, and
