@@ -3,7 +3,7 @@
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use isthmus_bpf_abi::{CtKey, CtValue, DropReason, ct_flag, ct_is_expired, ct_pair, ct_state, ct_step};
 
-use crate::{snat, tables, work::Work};
+use crate::{entry::Entry, snat, tables, work::Work};
 
 const NANOSECONDS: u64 = 1_000_000_000;
 
@@ -43,8 +43,7 @@ pub fn remove(work: &mut Work) -> u32 {
     ct_pair(&work.tuple, &work.flow, &mut work.pair_key, &mut work.pair);
     tables::remove_flow(&work.tuple);
     if let Some(other) = tables::flow(&work.pair_key) {
-        // SAFETY: see `touch`.
-        if is_same(unsafe { &*other }, &work.pair) {
+        if is_same(other.get(), &work.pair) {
             tables::remove_flow(&work.pair_key);
         }
     }
@@ -54,7 +53,7 @@ pub fn remove(work: &mut Work) -> u32 {
 /// Notes a packet of the flow in `work`, whose entry this is. The other entry hears of it when there is news, and once a
 /// second: that keeps both alive, or brings back one that was evicted.
 #[inline(always)]
-pub fn touch(work: &mut Work, entry: *mut CtValue, tcp_flags: u8) {
+pub fn touch(work: &mut Work, entry: Entry, tcp_flags: u8) {
     let now = now();
     let flow = &mut work.flow;
     let (state, flags) = ct_step(work.tuple.proto, flow.state, flow.flags, tcp_flags);
@@ -69,14 +68,7 @@ pub fn touch(work: &mut Work, entry: *mut CtValue, tcp_flags: u8) {
     flow.state = state;
     flow.flags = flags;
     flow.last_seen = now;
-    // SAFETY: the kernel gave a pointer to a value that lives until the program ends. Programs on other CPUs write it
-    // too, whole fields at a time, and each of them writes what it saw last: a lost update is repaired by the next packet.
-    unsafe {
-        (*entry).state = state;
-        (*entry).flags = flags;
-        (*entry).last_seen = now;
-        (*entry).ifindex = flow.ifindex;
-    }
+    entry.update(flow);
     refresh_pair(work);
 }
 
@@ -84,19 +76,15 @@ pub fn touch(work: &mut Work, entry: *mut CtValue, tcp_flags: u8) {
 fn refresh_pair(work: &mut Work) -> u32 {
     ct_pair(&work.tuple, &work.flow, &mut work.pair_key, &mut work.pair);
     match tables::flow(&work.pair_key) {
-        // SAFETY: as in `touch`.
-        Some(other) => unsafe {
-            if is_same(&*other, &work.pair) {
-                (*other).state = work.pair.state;
-                (*other).flags = work.pair.flags;
-                (*other).last_seen = work.pair.last_seen;
-                (*other).ifindex = work.pair.ifindex;
+        Some(other) => {
+            if is_same(other.get(), &work.pair) {
+                other.update(&work.pair);
             } else if work.flow.flags & ct_flag::SNAT != 0 {
                 // The port is another flow's since this one's entry for it was evicted: no answer would come back.
                 tables::remove_flow(&work.tuple);
             }
             // Else the client has begun another flow with these ports, which owns the entry now.
-        },
+        }
         // A port of the node belongs to who adds its entry first: if that is another flow meanwhile, the next touch finds it.
         None if work.flow.flags & ct_flag::SNAT != 0 => drop(tables::add_flow(&work.pair_key, &work.pair)),
         // Without memory for it the next second tries again.
@@ -113,8 +101,7 @@ pub fn is_pods_own(work: &mut Work) -> bool {
     let Some(entry) = tables::flow(&work.pair_key) else {
         return false;
     };
-    // SAFETY: as in `touch`.
-    let other = unsafe { &*entry };
+    let other = entry.get();
     other.flags & ct_flag::REVERSE == 0
         && other.state != ct_state::CLOSING
         && !ct_is_expired(&work.pair_key, other, work.flow.last_seen)
@@ -133,8 +120,7 @@ pub fn collides(tuple: &CtKey, flow: &CtValue, pair_key: &mut CtKey) -> bool {
     let Some(other) = tables::flow(pair_key) else {
         return false;
     };
-    // SAFETY: as in `touch`.
-    let other = unsafe { &*other };
+    let other = other.get();
     let same = other.nat_address == tuple.destination && other.nat_port == tuple.destination_port;
     !same && other.state != ct_state::CLOSING && !ct_is_expired(pair_key, other, flow.last_seen)
 }

@@ -12,7 +12,9 @@ use isthmus_bpf_abi::{
 };
 
 use crate::{
-    ct, icmp, l4,
+    ct,
+    entry::Entry,
+    icmp, l4,
     nat::{Side, rewrite},
     select::{Request, Selection, select},
     snat, tables, words,
@@ -90,7 +92,7 @@ pub fn backward(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
     let Some(entry) = tables::flow(&work.tuple) else {
         return Ok(());
     };
-    words::copy_flow(entry, &mut work.flow);
+    entry.copy_to(&mut work.flow);
     // A packet with the loopback address never comes from another device than the pod's own. A flow through no service is
     // masquerading's.
     if work.flow.flags & (ct_flag::REVERSE | ct_flag::HAIRPIN) != ct_flag::REVERSE
@@ -105,7 +107,7 @@ pub fn backward(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
 #[inline(always)]
 fn answer_to_itself(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
     let entry = tables::flow(&work.tuple).ok_or(DropReason::LoopbackUnknown)?;
-    words::copy_flow(entry, &mut work.flow);
+    entry.copy_to(&mut work.flow);
     if work.flow.flags & ct_flag::REVERSE == 0 {
         return Err(DropReason::LoopbackUnknown);
     }
@@ -119,7 +121,7 @@ fn answer_to_itself(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> 
 /// Lets a backend's packet seem to come from the frontend, and go to the client if the backend knows it by another address.
 /// Every entry of the way back that a pod's hooks meet, [`ct_flag::HAIRPIN`] or not, is one of these.
 #[inline(never)]
-pub fn come_back(ctx: &TcContext, work: &mut Work, entry: *mut CtValue) -> Result<(), DropReason> {
+pub fn come_back(ctx: &TcContext, work: &mut Work, entry: Entry) -> Result<(), DropReason> {
     let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;
     ct::touch(work, entry, tcp_flags);
     l4::remember_fragment(&work.packet, &work.tuple);
@@ -197,7 +199,7 @@ fn known(work: &mut Work, tcp_flags: u8) -> Standing {
     let Some(entry) = tables::flow(&work.tuple) else {
         return Standing::MovesOn;
     };
-    words::copy_flow(entry, &mut work.flow);
+    entry.copy_to(&mut work.flow);
     let standing = standing(&work.flow, work.tuple.proto, tcp_flags);
     if matches!(standing, Standing::Stays) {
         ct::touch(work, entry, tcp_flags);
@@ -261,7 +263,7 @@ fn choose_among<const OUTSIDE: bool>(work: &mut Work, all: bool) -> Result<(), D
     flow.state = ct_state::OPENING;
     flow.last_seen = ct::now();
     flow.ifindex = if OUTSIDE { work.outside } else { 0 };
-    words::clear(&mut flow.peer_address);
+    words::clear_peer(flow);
     flow.peer_port = [0; 2];
     flow.pad = [0; 2];
     work.frontend = frontend(tuple);

@@ -10,7 +10,7 @@ use crate::{
     l4,
     nat::{IPV4_CHECKSUM, Side, port, rewrite, store},
     parse::{Fragment, IPV4_FRAGMENT_OFFSET, IPV4_LEN, IPV6_LEN, Packet, load},
-    tables, words,
+    tables,
     work::Work,
 };
 
@@ -168,7 +168,7 @@ fn find(ctx: &TcContext, work: &mut Work) -> bool {
     let Some(entry) = tables::flow(&work.tuple) else {
         return false;
     };
-    words::copy_flow(entry, &mut work.flow);
+    entry.copy_to(&mut work.flow);
     true
 }
 

@@ -5,10 +5,10 @@
 //! packets, counters.
 //!
 //! A file per hook reads as a list of steps; what hooks share is by concern. Sockets: `sock` (addresses), `lb` (translation).
-//! Packets: `parse` and `l4` (headers), `flow` (translation), `ct` (conntrack), `nat` (rewriting), `icmp` (errors), `answer`
+//! Packets: `parse` and `l4` (headers), `flow` (translation), `ct` and `entry` (conntrack), `nat` (rewriting), `icmp` (errors), `answer`
 //! (refusals), `overlay` (tunnel data), `deliver` (to a local pod); with the outside: `outside` (flows of its clients),
 //! `masquerade` (pods' flows to it), `snat` (ports of the node), `send` (ways). Both: `select` (backend choice), `tables` (maps),
-//! `metrics`. `work` is where packet programs keep what the stack has no room for, `words` copies it.
+//! `metrics`. `work` is where packet programs keep what the stack has no room for, `words` zeroes it.
 //!
 //! Invariants: every exit that drops or refuses counts a named reason; a socket call or packet for a frontend goes to a
 //! backend or fails, never to the frontend's own address; the programs only read what the agent wrote, beside counters,
@@ -20,6 +20,7 @@ mod answer;
 mod connect;
 mod ct;
 mod deliver;
+mod entry;
 mod flow;
 mod from_container;
 mod from_host_device;

@@ -7,7 +7,7 @@
 use aya_ebpf::programs::TcContext;
 use isthmus_bpf_abi::{Address, DropReason, PROTO_TCP, TCP_ACK, TCP_SYN, ct_flag, ct_state, feature};
 
-use crate::{ct, flow, icmp, l4, outside, parse::Fragment, snat, tables, words, work::Work};
+use crate::{ct, flow, icmp, l4, outside, parse::Fragment, snat, tables, work::Work};
 
 /// Whether pods' own addresses are hidden from `address`.
 #[inline(always)]
@@ -43,7 +43,7 @@ pub fn outbound(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
     }
     let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;
     if let Some(entry) = tables::flow(&work.tuple) {
-        words::copy_flow(entry, &mut work.flow);
+        entry.copy_to(&mut work.flow);
         // A pod that begins a connection answers nobody, whoever has tried to reach it with these ports.
         let begins = tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN && work.flow.service_id == 0;
         if work.flow.flags & ct_flag::REVERSE != 0 && !begins {

@@ -30,7 +30,7 @@ pub fn frontend(ctx: &TcContext, work: &mut Work) -> Result<bool, DropReason> {
     }
     let entry = tables::flow(&work.tuple);
     if let Some(entry) = entry {
-        words::copy_flow(entry, &mut work.flow);
+        entry.copy_to(&mut work.flow);
         if work.flow.flags & ct_flag::REVERSE != 0 {
             // Without an address of the node it is on its way to a pod that asked a service: its own hook's business.
             if work.flow.flags & ct_flag::SNAT != 0 {
@@ -101,7 +101,7 @@ pub fn returning(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
     let Some(entry) = tables::flow(&work.tuple) else {
         return Ok(());
     };
-    words::copy_flow(entry, &mut work.flow);
+    entry.copy_to(&mut work.flow);
     let answers = ct_flag::REVERSE | ct_flag::SNAT;
     if work.flow.flags & answers != answers {
         return Ok(());
@@ -119,7 +119,7 @@ pub fn from_other_node(ctx: &TcContext, work: &mut Work) -> Result<(), DropReaso
     let Some(entry) = tables::flow(&work.tuple) else {
         return direct(ctx, work);
     };
-    words::copy_flow(entry, &mut work.flow);
+    entry.copy_to(&mut work.flow);
     if work.flow.flags & ct_flag::REVERSE == 0 && work.flow.service_id == 0 {
         let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;
         ct::touch(work, entry, tcp_flags);
@@ -169,7 +169,7 @@ fn direct(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
 /// Fills in a flow of who reaches a pod directly, but for where it goes.
 #[inline(always)]
 pub fn begin(flow: &mut CtValue, device: u32) {
-    words::clear(&mut flow.peer_address);
+    words::clear_peer(flow);
     flow.peer_port = [0; 2];
     flow.pad = [0; 2];
     flow.state = ct_state::OPENING;

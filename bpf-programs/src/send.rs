@@ -5,6 +5,8 @@
 //! for forged: it leaves through its device right here, and the kernel finds the neighbour's MAC address. That is a hop, which
 //! costs one of its TTL.
 
+use core::mem::offset_of;
+
 use aya_ebpf::{
     bindings::{TC_ACT_OK, TC_ACT_REDIRECT, bpf_fib_lookup},
     helpers::{bpf_fib_lookup as fib_lookup, bpf_redirect_neigh},
@@ -119,8 +121,12 @@ fn towards(ctx: &TcContext, work: &mut Work) -> Result<i32, DropReason> {
     if work.packet.ipv4 {
         let (s, d) = (ipv4_of(&work.packet.source), ipv4_of(&work.packet.destination));
         lookup.family = AF_INET;
-        words::clear(&mut lookup.source);
-        words::clear(&mut lookup.destination);
+        const { assert!(offset_of!(Lookup, source) % 8 == 0 && offset_of!(Lookup, destination) % 8 == 0) };
+        // SAFETY: aligned to 8, as `Lookup` is.
+        unsafe {
+            words::clear(&mut lookup.source);
+            words::clear(&mut lookup.destination);
+        }
         (
             lookup.source[0],
             lookup.source[1],

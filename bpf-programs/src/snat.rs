@@ -12,7 +12,7 @@ use isthmus_bpf_abi::{
 use crate::{
     ct,
     overlay::{self, Route},
-    tables, words,
+    tables,
     work::Work,
 };
 
@@ -70,7 +70,7 @@ pub fn find(work: &mut Work) -> bool {
         let port = snat_port(hash, attempt, min, max);
         work.pair_key.destination_port = port;
         if let Some(entry) = tables::flow(&work.pair_key) {
-            words::copy_flow(entry, &mut work.other);
+            entry.copy_to(&mut work.other);
             if ct::is_same(&work.other, &work.pair) {
                 work.flow.peer_port = port;
                 work.flow.state = work.other.state;
@@ -169,7 +169,7 @@ fn standing(work: &mut Work, closing_too: bool) -> Standing {
         // No memory for it, or gone this moment.
         return Standing::Lives;
     };
-    words::copy_flow(entry, &mut work.other);
+    entry.copy_to(&mut work.other);
     if ct::is_same(&work.other, &work.pair) {
         Standing::Own
     } else if ct_is_expired(&work.pair_key, &work.other, work.pair.last_seen)
@@ -199,8 +199,7 @@ fn forget_other(work: &mut Work) {
         &mut work.other_pair,
     );
     if let Some(entry) = tables::flow(&work.other_key) {
-        // SAFETY: see `ct::touch`.
-        if ct::is_same(unsafe { &*entry }, &work.other_pair) {
+        if ct::is_same(entry.get(), &work.other_pair) {
             tables::remove_flow(&work.other_key);
         }
     }

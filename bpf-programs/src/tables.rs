@@ -1,6 +1,8 @@
 //! The maps. Layouts, names and sizes are those of `bpf-abi`; the agent creates and pins them before it loads the
 //! programs, and the loader finds them by name.
 
+use core::ptr::NonNull;
+
 use aya_ebpf::{
     bindings::BPF_NOEXIST,
     macros::map,
@@ -13,7 +15,7 @@ use isthmus_bpf_abi::{
     ServiceValue, SourceRangeKey, SourceRangeValue, maps as spec,
 };
 
-use crate::work::Work;
+use crate::{entry::Entry, work::Work};
 
 #[map(name = "isthmus_services")]
 static SERVICES: HashMap<ServiceKey, ServiceValue> =
@@ -142,8 +144,10 @@ pub fn metric(index: u32) -> Option<*mut MetricsValue> {
 
 /// The entry of a translated flow, to read and to keep up to date.
 #[inline(always)]
-pub fn flow(key: &CtKey) -> Option<*mut CtValue> {
-    CT.get_ptr_mut(key)
+pub fn flow(key: &CtKey) -> Option<Entry> {
+    let value = NonNull::new(CT.get_ptr_mut(key)?)?;
+    // SAFETY: it was just looked up.
+    Some(unsafe { Entry::new(value) })
 }
 
 /// Writes an entry of a translated flow. Fails when the kernel has no memory for it.
