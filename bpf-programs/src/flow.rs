@@ -61,17 +61,10 @@ pub fn to_backend<const OUTSIDE: bool>(ctx: &TcContext, work: &mut Work) -> Resu
         return Ok(());
     }
     l4::remember_fragment(&work.packet, &work.tuple);
-    work.change.set(
-        Side::Destination,
-        (&work.tuple.destination, work.tuple.destination_port),
-        (&work.flow.nat_address, work.flow.nat_port),
-    );
-    rewrite(ctx, &work.packet, &work.change)?;
-    work.packet.destination = work.flow.nat_address;
+    replace(ctx, work, Side::Destination, Part::Nat)?;
     if work.flow.flags & ct_flag::HAIRPIN != 0 {
         let loopback = loopback_of(&work.packet.source);
         replace_address(ctx, work, Side::Source, &loopback)?;
-        work.packet.source = loopback;
     } else if OUTSIDE && work.flow.flags & ct_flag::SNAT != 0 {
         hide_client(ctx, work)?;
     }
@@ -113,9 +106,7 @@ fn answer_to_itself(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> 
     }
     let itself = work.packet.source;
     come_back(ctx, work, entry)?;
-    replace_address(ctx, work, Side::Destination, &itself)?;
-    work.packet.destination = itself;
-    Ok(())
+    replace_address(ctx, work, Side::Destination, &itself)
 }
 
 /// Lets a backend's packet seem to come from the frontend, and go to the client if the backend knows it by another address.
@@ -125,38 +116,52 @@ pub fn come_back(ctx: &TcContext, work: &mut Work, entry: Entry) -> Result<(), D
     let tcp_flags = l4::tcp_flags(ctx, &work.packet)?;
     ct::touch(work, entry, tcp_flags);
     l4::remember_fragment(&work.packet, &work.tuple);
-    work.change.set(
-        Side::Source,
-        (&work.tuple.source, work.tuple.source_port),
-        (&work.flow.nat_address, work.flow.nat_port),
-    );
     work.packet.outcome = DropReason::Translated;
-    rewrite(ctx, &work.packet, &work.change)?;
-    work.packet.source = work.flow.nat_address;
+    replace(ctx, work, Side::Source, Part::Nat)?;
     if work.flow.flags & ct_flag::SNAT == 0 {
         return Ok(());
     }
-    work.change.set(
-        Side::Destination,
-        (&work.tuple.destination, work.tuple.destination_port),
-        (&work.flow.peer_address, work.flow.peer_port),
-    );
-    rewrite(ctx, &work.packet, &work.change)?;
-    work.packet.destination = work.flow.peer_address;
-    Ok(())
+    replace(ctx, work, Side::Destination, Part::Peer)
 }
 
 /// Gives the packet of the flow in `work` the node's address and the flow's port as its source.
 #[inline(always)]
 pub fn hide_client(ctx: &TcContext, work: &mut Work) -> Result<(), DropReason> {
-    work.change.set(
-        Side::Source,
-        (&work.tuple.source, work.tuple.source_port),
-        (&work.flow.peer_address, work.flow.peer_port),
-    );
+    replace(ctx, work, Side::Source, Part::Peer)
+}
+
+/// Which of a flow's addresses, with its port.
+enum Part {
+    /// [`CtValue::nat_address`].
+    Nat,
+    /// [`CtValue::peer_address`].
+    Peer,
+}
+
+/// Replaces one side of the packet of the flow in `work` by what the flow says: by name, so that no address is copied to the stack.
+#[inline(always)]
+fn replace(ctx: &TcContext, work: &mut Work, side: Side, part: Part) -> Result<(), DropReason> {
+    let old = match side {
+        Side::Source => (&work.tuple.source, work.tuple.source_port),
+        Side::Destination => (&work.tuple.destination, work.tuple.destination_port),
+    };
+    let new = match part {
+        Part::Nat => (&work.flow.nat_address, work.flow.nat_port),
+        Part::Peer => (&work.flow.peer_address, work.flow.peer_port),
+    };
+    work.change.set(side, old, new);
     rewrite(ctx, &work.packet, &work.change)?;
-    work.packet.source = work.flow.peer_address;
+    set_address(work, side);
     Ok(())
+}
+
+/// Notes what was just replaced.
+#[inline(always)]
+fn set_address(work: &mut Work, side: Side) {
+    match side {
+        Side::Source => work.packet.source = work.change.new,
+        Side::Destination => work.packet.destination = work.change.new,
+    }
 }
 
 #[inline(always)]
@@ -166,7 +171,9 @@ fn replace_address(ctx: &TcContext, work: &mut Work, side: Side, new: &Address) 
         Side::Destination => &work.packet.destination,
     };
     work.change.set_address(side, old, new);
-    rewrite(ctx, &work.packet, &work.change)
+    rewrite(ctx, &work.packet, &work.change)?;
+    set_address(work, side);
+    Ok(())
 }
 
 /// Fills in where the flow goes. The error says why nowhere.
