@@ -1,17 +1,13 @@
 //! Per-packet load balancing between two nodes with real sockets: pods whose socket calls nobody translates, veth pairs, VXLAN.
 #![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
-use std::{
-    collections::BTreeSet,
-    io::{ErrorKind, Read, Write},
-    net::{TcpListener, TcpStream, UdpSocket},
-    thread,
-    time::Duration,
-};
+use std::{collections::BTreeSet, io::ErrorKind, net::TcpStream};
 
 use isthmus_bpf_abi::{PROTO_TCP, ServiceKey, ServiceValue, backend_state};
 use isthmus_datapath::{MapOp, PacketHook};
 
+#[path = "support/clients.rs"]
+mod clients;
 #[path = "support/lab.rs"]
 mod lab;
 #[path = "support/nodes.rs"]
@@ -19,12 +15,12 @@ mod nodes;
 #[path = "support/services.rs"]
 mod services;
 
+use clients::{is_refused, send_bulk, serve_bulk, udp_to};
 use lab::{Lab, address, in_namespace};
 use nodes::{Node, two};
 use services::{backend, connect, echo, put_service, receive, serve, service_ops};
 
 const VIP: [&str; 2] = ["10.96.0.10:80", "[fd96::10]:80"];
-const TIMEOUT: Option<Duration> = Some(Duration::from_secs(60));
 
 /// Two nodes without socket hooks. The backends are pod .6 of node 1 and pod .5 of node 2, both families; the client is pod
 /// .5 of node 1.
@@ -72,18 +68,6 @@ fn both(node: &Node) {
     );
 }
 
-fn udp_to(vip: &str) -> UdpSocket {
-    let bind = if vip.starts_with('[') {
-        "[::]:0"
-    } else {
-        "0.0.0.0:0"
-    };
-    let socket = UdpSocket::bind(bind).unwrap();
-    socket.set_read_timeout(TIMEOUT).unwrap();
-    socket.connect(vip).unwrap();
-    socket
-}
-
 fn a_pod_without_hooks_reaches_backends_everywhere(underlay: &str) {
     check(underlay, |one, _| {
         both(one);
@@ -117,7 +101,6 @@ fn a_pod_without_hooks_reaches_backends_everywhere_over_ipv6() {
 
 #[test]
 fn segments_and_fragments_of_any_size_arrive_whole() {
-    const BULK: usize = 1 << 20;
     check("192.0.2.", |one, two| {
         for (family, target) in ["10.2.0.5:9000", "[fd02::5]:9000"].into_iter().enumerate() {
             put_service(
@@ -126,34 +109,8 @@ fn segments_and_fragments_of_any_size_arrive_whole() {
                 VIP[family],
                 &[(1 + family as u32, target)],
             );
-            let listener = in_namespace(&two.pods[0], || TcpListener::bind(target).unwrap());
-            let datagrams = in_namespace(&two.pods[0], || UdpSocket::bind(target).unwrap());
-            let server = thread::spawn(move || {
-                let (mut stream, _) = listener.accept().unwrap();
-                let mut received = vec![];
-                stream.read_to_end(&mut received).unwrap();
-                stream.write_all(&received).unwrap();
-                drop(stream);
-                let mut datagram = vec![0; 65_536];
-                let (length, from) = datagrams.recv_from(&mut datagram).unwrap();
-                datagrams.send_to(&datagram[..length], from).unwrap();
-            });
-            in_namespace(&one.pods[0], || {
-                let mut stream = TcpStream::connect(VIP[family]).unwrap();
-                stream.set_read_timeout(TIMEOUT).unwrap();
-                let bulk: Vec<u8> = (0..BULK).map(|at| (at * 7 / 3) as u8).collect();
-                stream.write_all(&bulk).unwrap();
-                stream.shutdown(std::net::Shutdown::Write).unwrap();
-                let mut back = vec![];
-                stream.read_to_end(&mut back).unwrap();
-                assert!(back == bulk, "the same bytes");
-                // Larger than any packet here: fragments both ways.
-                let socket = udp_to(VIP[family]);
-                socket.send(&bulk[..5_000]).unwrap();
-                let mut datagram = [0; 65_536];
-                let length = socket.recv(&mut datagram).unwrap();
-                assert!(datagram[..length] == bulk[..5_000], "{length} bytes");
-            });
+            let server = in_namespace(&two.pods[0], || serve_bulk(target));
+            in_namespace(&one.pods[0], || send_bulk(VIP[family]));
             server.join().unwrap();
         }
     });
@@ -193,16 +150,6 @@ fn processes_of_nodes_are_backends_too() {
             });
         }
     });
-}
-
-/// TCP and UDP hear at once that nobody is there.
-fn is_refused(vip: &str) {
-    let refused = TcpStream::connect(vip).unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{vip}");
-    let socket = udp_to(vip);
-    socket.send(b"?").unwrap();
-    let refused = socket.recv(&mut [0; 8]).unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{vip}");
 }
 
 #[test]

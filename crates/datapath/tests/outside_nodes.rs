@@ -7,7 +7,6 @@ use std::{
     io::{ErrorKind, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     thread,
-    time::Duration,
 };
 
 use isthmus_bpf_abi::{
@@ -16,6 +15,8 @@ use isthmus_bpf_abi::{
 };
 use isthmus_datapath::{Datapath, DatapathConfig, MapOp, PacketHook, device, links, outside};
 
+#[path = "support/clients.rs"]
+mod clients;
 #[path = "support/lab.rs"]
 mod lab;
 #[path = "support/nodes.rs"]
@@ -25,6 +26,7 @@ mod services;
 #[path = "support/world.rs"]
 mod world;
 
+use clients::{TIMEOUT, is_refused, send_bulk, serve_bulk, udp_to};
 use lab::{Lab, address, in_namespace, run, with_netlink};
 use nodes::Node;
 use services::{backend, connect, echo, receive, serve};
@@ -34,7 +36,6 @@ const NODE_PORT: [&str; 2] = ["192.0.2.1:30080", "[2001:db8::1]:30080"];
 const BALANCER: [&str; 2] = ["203.0.113.80:80", "[2001:db8:80::80]:80"];
 const HERE: [&str; 2] = ["10.1.0.6:8080", "[fd01::6]:8080"];
 const THERE: [&str; 2] = ["10.2.0.5:8080", "[fd02::5]:8080"];
-const TIMEOUT: Option<Duration> = Some(Duration::from_secs(60));
 
 /// Backends are pod .6 of node 1 and pod .5 of node 2. Reasons for drops other than these fail the test.
 fn check(expected: &[&str], test: impl FnOnce(&Node, &Node, &str)) {
@@ -56,14 +57,6 @@ fn check(expected: &[&str], test: impl FnOnce(&Node, &Node, &str)) {
             .collect();
         assert_eq!(drops, [""; 0], "node {}", node.number);
     }
-}
-
-fn udp_to(vip: &str) -> UdpSocket {
-    let vip: SocketAddr = vip.parse().unwrap();
-    let socket = UdpSocket::bind(if vip.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" }).unwrap();
-    socket.set_read_timeout(TIMEOUT).unwrap();
-    socket.connect(vip).unwrap();
-    socket
 }
 
 /// Asks over TCP and UDP so often that both backends of a service answer; returns who did.
@@ -112,7 +105,6 @@ fn a_client_outside_reaches_backends_of_all_nodes() {
 
 #[test]
 fn streams_and_fragments_of_any_size_arrive_whole() {
-    const BULK: usize = 1 << 20;
     check(&[], |one, two, world| {
         let mut id = 0;
         for (node, pod, sockets) in [
@@ -122,50 +114,12 @@ fn streams_and_fragments_of_any_size_arrive_whole() {
             for (family, target) in sockets.into_iter().enumerate() {
                 id += 1;
                 expose(&one.datapath, id, BALANCER[family], 0, &[(id, target)]);
-                let (listener, datagrams) = in_namespace(&node.pods[pod], || {
-                    (
-                        TcpListener::bind(target).unwrap(),
-                        UdpSocket::bind(target).unwrap(),
-                    )
-                });
-                let server = thread::spawn(move || {
-                    let (mut stream, _) = listener.accept().unwrap();
-                    let mut received = vec![];
-                    stream.read_to_end(&mut received).unwrap();
-                    stream.write_all(&received).unwrap();
-                    drop(stream);
-                    let mut datagram = vec![0; 65_536];
-                    let (length, from) = datagrams.recv_from(&mut datagram).unwrap();
-                    datagrams.send_to(&datagram[..length], from).unwrap();
-                });
-                in_namespace(world, || {
-                    let mut stream = TcpStream::connect(BALANCER[family]).unwrap();
-                    stream.set_read_timeout(TIMEOUT).unwrap();
-                    let bulk: Vec<u8> = (0..BULK).map(|at| (at * 7 / 3) as u8).collect();
-                    stream.write_all(&bulk).unwrap();
-                    stream.shutdown(std::net::Shutdown::Write).unwrap();
-                    let mut back = vec![];
-                    stream.read_to_end(&mut back).unwrap();
-                    assert!(back == bulk, "the same bytes");
-                    let socket = udp_to(BALANCER[family]);
-                    socket.send(&bulk[..5_000]).unwrap();
-                    let mut datagram = [0; 65_536];
-                    let length = socket.recv(&mut datagram).unwrap();
-                    assert!(datagram[..length] == bulk[..5_000], "{length} bytes");
-                });
+                let server = in_namespace(&node.pods[pod], || serve_bulk(target));
+                in_namespace(world, || send_bulk(BALANCER[family]));
                 server.join().unwrap();
             }
         }
     });
-}
-
-fn is_refused(vip: &str) {
-    let refused = TcpStream::connect(vip).unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{vip}");
-    let socket = udp_to(vip);
-    socket.send(b"?").unwrap();
-    let refused = socket.recv(&mut [0; 8]).unwrap_err();
-    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused, "{vip}");
 }
 
 #[test]
