@@ -128,6 +128,17 @@ impl Disk {
         }));
     }
 
+    /// Ends what goes on beside writing. After this nobody has the directory but the file itself.
+    pub(super) async fn close(&mut self) {
+        if let Some(rewrite) = self.rewrite.take() {
+            // What it made goes unused, and is removed when the next copy begins. A blocking task cannot be cut short.
+            let _ = rewrite.task.await;
+        }
+        if let Place::Lost(search) = &self.place {
+            search.abort();
+        }
+    }
+
     /// Takes the file that was found.
     pub(super) fn take(&mut self, file: File) {
         self.place = Place::Here(Arc::new(file));

@@ -199,10 +199,10 @@ impl Task {
                     }
                 };
                 tokio::select! {
-                    () = shutdown.cancelled() => return Ok(()),
+                    () = shutdown.cancelled() => break,
                     ask = self.asks.recv() => match ask {
                         Some(ask) => self.on_ask(ask, &mut group),
-                        None => return Ok(()),
+                        None => break,
                     },
                     () = expiry => self.expire(Instant::now(), &mut group),
                     _ = compaction.tick() => self.on_tick(Instant::now(), &mut group),
@@ -216,6 +216,8 @@ impl Task {
             }
             self.finish(group).await;
         }
+        self.disk.close().await;
+        Ok(())
     }
 
     fn on_ask(&mut self, ask: Ask, group: &mut Group) {
